@@ -1,0 +1,51 @@
+"""A ``torch.compile`` backend for adversarial attacks: only the gradient of the input perturbation is computed.
+
+    step = torch.compile(attack_step, backend="gradprune")
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from ._torch import check_version
+
+check_version()
+
+from .accelerate import accelerate  # noqa: E402
+from .backend import reports  # noqa: E402
+from .compile import compile, explain  # noqa: E402
+from .errors import (  # noqa: E402
+    CompileError,
+    DoubleBackwardError,
+    GradpruneError,
+    NoPerturbationError,
+    OptionError,
+    PassError,
+    TrainingStepError,
+    UnsupportedTorchError,
+    WeightGradientError,
+)
+from .inspect.report import Report  # noqa: E402
+from .options import Options  # noqa: E402
+
+try:
+    __version__ = version("gradprune")
+except PackageNotFoundError:  # run from a source tree that was never installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "CompileError",
+    "DoubleBackwardError",
+    "GradpruneError",
+    "NoPerturbationError",
+    "OptionError",
+    "Options",
+    "PassError",
+    "Report",
+    "TrainingStepError",
+    "UnsupportedTorchError",
+    "WeightGradientError",
+    "__version__",
+    "accelerate",
+    "compile",
+    "explain",
+    "reports",
+]

@@ -1,0 +1,230 @@
+"""The private parts of torch that gradprune leans on, in one place.
+
+Read and checked against torch 2.11 to 2.13; ``check_version`` refuses what lies outside the supported range with a
+named error, because a private function that moved would otherwise fail somewhere deep inside a compilation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch._dynamo.config as dynamo_config
+from torch import fx
+from torch._dynamo.source import AttrSource, GradSource, is_from_unspecialized_nn_module_source
+from torch._functorch import config as functorch_config
+from torch._functorch._aot_autograd.descriptors import (
+    GradAOTOutput,
+    InputMutationAOTOutput,
+    PlainAOTInput,
+    PlainAOTOutput,
+)
+from torch._functorch.eager_transforms import _autograd_grad as functorch_grad
+from torch._inductor import config as inductor_config
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+from .errors import UnsupportedTorchError
+
+__all__ = [
+    "TRACED_FLAGS",
+    "CustomGraphPass",
+    "GradAOTOutput",
+    "InputMutationAOTOutput",
+    "PlainAOTInput",
+    "PlainAOTOutput",
+    "check_version",
+    "code_of",
+    "compile_fx",
+    "compile_fx_inner",
+    "compile_wrapper_of",
+    "compiling_code",
+    "compiling_wrapper",
+    "dynamo_nodes",
+    "forget_backend",
+    "functorch_config",
+    "functorch_grad",
+    "inductor_config",
+    "is_module_state",
+    "module_state_of_grad",
+    "requests_weight_gradient",
+    "scope_to_backend",
+]
+
+OLDEST, NEWEST = (2, 11), (2, 15)
+
+
+def check_version(version: str = torch.__version__) -> None:
+    """Raise unless ``version`` is in the supported range.
+
+    Raises:
+        UnsupportedTorchError: The version is older than 2.11, or 2.15 or newer.
+    """
+    major, minor = (int(part) for part in version.split(".")[:2])
+    if not OLDEST <= (major, minor) < NEWEST:
+        raise UnsupportedTorchError(
+            f"gradprune supports torch >= 2.11, < 2.15, but torch {version} is installed: "
+            'pip install "torch>=2.11,<2.15", or look for a newer gradprune'
+        )
+
+
+# --- Dynamo -----------------------------------------------------------------------------------------------------------
+
+
+def is_module_state(placeholder: fx.Node) -> bool:
+    """Whether a Dynamo placeholder is a parameter or buffer of an ``nn.Module``, judged by how the code reached it.
+
+    The type is no test: a perturbation may well be an ``nn.Parameter`` that belongs to no module.
+    """
+    source = getattr(placeholder, "_dynamo_source", None)
+    return source is not None and not _is_grad(source) and is_from_unspecialized_nn_module_source(source)
+
+
+def module_state_of_grad(placeholder: fx.Node) -> Any:
+    """If a Dynamo placeholder is the ``.grad`` of a module's parameter, the source of that parameter, else ``None``."""
+    source = getattr(placeholder, "_dynamo_source", None)
+    if source is not None and _is_grad(source) and is_from_unspecialized_nn_module_source(source.base):
+        return source.base
+    return None
+
+
+def _is_grad(source: Any) -> bool:
+    return isinstance(source, GradSource) or (isinstance(source, AttrSource) and source.member == "grad")
+
+
+def _backend_chain(function: Any) -> Iterator[Any]:
+    """A Dynamo callback and every backend it wraps, outermost first."""
+    seen: set[int] = set()
+    while function is not None and id(function) not in seen:
+        seen.add(id(function))
+        yield function
+        inner = getattr(function, "_torchdynamo_orig_backend", None)
+        function = inner if inner is not None else getattr(function, "compiler_fn", None)
+
+
+def _current_translator() -> Any:
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        return InstructionTranslator.current_tx()
+    except Exception:  # Dynamo raises AttributeError outside of tracing; which one is its own business.
+        return None
+
+
+class _ScopedFlag(int):
+    """A boolean configuration value that is true only while a given backend's graph is being traced.
+
+    See Note [Scoped Dynamo flags].
+    """
+
+    backends: list[Callable[..., Any]]
+
+    def __bool__(self) -> bool:
+        if int(self):
+            return True
+        translator = _current_translator()
+        if translator is None:
+            return False
+        return any(function in self.backends for function in _backend_chain(translator.output.compiler_fn))
+
+    def __reduce__(self) -> tuple[type[bool], tuple[int]]:
+        return (bool, (int(self),))  # Dynamo hashes its configuration by pickling it
+
+
+TRACED_FLAGS = ("trace_autograd_ops", "allow_rnn")
+"""Flags of ``torch._dynamo.config`` that gradprune needs while it compiles."""
+
+
+def scope_to_backend(flag: str, backend: Callable[..., Any]) -> None:
+    """Turn on a boolean of ``torch._dynamo.config`` while ``backend`` is compiling, and only then.
+
+    Note [Scoped Dynamo flags]: Dynamo traces ``torch.autograd.grad`` and ``Tensor.backward()`` only under
+    ``trace_autograd_ops``, and recurrent layers only under ``allow_rnn``; both are process-wide and off by default.
+    Turning them on globally would change how every other backend compiles. Dynamo asks ``if config.flag`` at the moment
+    it meets such a call, so a value whose truth depends on who is compiling scopes the flag exactly. It is an ``int``
+    because Dynamo logs its configuration as JSON. A user who sets the flag to True keeps it everywhere.
+    """
+    current = getattr(dynamo_config, flag)
+    if not isinstance(current, _ScopedFlag):
+        current = _ScopedFlag(bool(current))
+        current.backends = []
+        setattr(dynamo_config, flag, current)
+    current.backends.append(backend)
+
+
+def forget_backend(flag: str, backend: Callable[..., Any]) -> None:
+    """Undo ``scope_to_backend``."""
+    current = getattr(dynamo_config, flag)
+    if isinstance(current, _ScopedFlag) and backend in current.backends:
+        current.backends.remove(backend)
+
+
+def compiling_wrapper() -> Any:
+    """The object behind the ``torch.compile`` call whose frame is being compiled, ``None`` outside of Dynamo."""
+    translator = _current_translator()
+    return None if translator is None else _compile_wrapper(translator.output.compiler_fn)
+
+
+def compiling_code() -> Any:
+    """Code object of the user's function whose frame is being compiled, ``None`` outside of Dynamo."""
+    translator = _current_translator()
+    return None if translator is None else translator.output.root_tx.f_code
+
+
+def code_of(compiled: Any) -> Any:
+    """Code object of the function that ``compiled`` was compiled from, ``None`` for a module."""
+    return getattr(getattr(compiled, "_torchdynamo_orig_callable", None), "__code__", None)
+
+
+def compile_wrapper_of(compiled: Any) -> Any:
+    """The object behind the ``torch.compile`` call that returned ``compiled``, ``None`` if it is not compiled."""
+    context = getattr(compiled, "dynamo_ctx", None)
+    if context is None:
+        for cell in getattr(compiled, "__closure__", None) or ():
+            with contextlib.suppress(ValueError):  # an empty cell
+                if hasattr(cell.cell_contents, "_torchdynamo_orig_backend"):
+                    return _compile_wrapper(cell.cell_contents)
+        return None
+    return _compile_wrapper(context.callback)
+
+
+def _compile_wrapper(function: Any) -> Any:
+    for candidate in _backend_chain(function):
+        if isinstance(candidate, torch._TorchCompileWrapper):
+            return candidate
+    return None
+
+
+# --- AOTAutograd and autograd -----------------------------------------------------------------------------------------
+
+
+def dynamo_nodes(node: fx.Node) -> set[str]:
+    """Names of the Dynamo nodes that an ATen node was traced from."""
+    return {source.name for source in node.meta.get("from_node", ())}
+
+
+def requests_weight_gradient(positions: frozenset[int]) -> bool:
+    """Whether the running backward pass was asked explicitly for the gradient of one of the current node's inputs.
+
+    To be called while autograd executes the node. ``loss.backward()`` runs every node and asks for nothing in
+    particular; ``autograd.grad(loss, weight)`` and ``loss.backward(inputs=[weight])`` name what they want.
+
+    Args:
+        positions: Which inputs of the node hold weights.
+    """
+    node = torch._C._current_autograd_node()  # type: ignore[attr-defined]
+    asked, everything = False, True
+    for position, (function, _) in enumerate(node.next_functions):
+        if function is None:
+            continue
+        try:
+            runs = torch._C._will_engine_execute_node(function)
+        except RuntimeError:  # torch's answer for a leaf that autograd.grad captures
+            if position in positions:
+                return True
+            runs = False
+        everything = everything and runs
+        asked = asked or (runs and position in positions)
+    return asked and not everything

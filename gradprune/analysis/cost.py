@@ -1,0 +1,88 @@
+"""FLOPs of a step graph, split into forward, input gradient, weight gradient and the rest.
+
+Counted are contractions (convolutions, matrix products, fused attention), a multiply-add as two, with torch's own
+formulas except for convolutions: torch 2.13 counts the weight gradient of a grouped convolution once per group too
+often, while it costs what the forward pass costs ([SB]: 2BTM each).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils._pytree import tree_map
+from torch.utils.flop_counter import flop_registry
+
+from ..step_graph import StepGraph, tensor_of
+from .regions import backward_nodes, weight_gradient_nodes, weight_only_nodes
+
+aten = torch.ops.aten
+
+FLOP_CLASSES = ("forward", "input_grad", "weight_grad", "other")
+
+
+def count_flops(step_graph: StepGraph) -> dict[str, int]:
+    """FLOPs by class.
+
+    Returns:
+        ``forward``, ``input_grad``, ``weight_grad``, and ``other`` for contractions of weights alone (spectral norm,
+        for example). A convolution backward that computes a weight gradient counts it under ``weight_grad`` wherever
+        its result goes.
+    """
+    totals = dict.fromkeys(FLOP_CLASSES, 0)
+    backward = backward_nodes(step_graph)
+    weight_gradients = weight_gradient_nodes(step_graph)
+    weight_only = weight_only_nodes(step_graph)
+    for node in step_graph.calls():
+        if node.target is aten.convolution_backward.default:
+            each = convolution_flops(node)
+            input_used, weight_used, _ = node.args[-1]  # type: ignore[misc]
+            totals["weight_grad" if node in weight_gradients else "input_grad"] += each * bool(input_used)
+            totals["weight_grad"] += each * bool(weight_used)
+            continue
+        flops = node_flops(node)
+        if node in weight_only:
+            totals["other"] += flops
+        elif node in weight_gradients:
+            totals["weight_grad"] += flops
+        elif node in backward:
+            totals["input_grad"] += flops
+        else:
+            totals["forward"] += flops
+    return totals
+
+
+def node_flops(node: fx.Node) -> int:
+    """FLOPs of one node; 0 for what is no contraction or has no known shape."""
+    if node.target in (aten.convolution.default, aten.convolution_backward.default):
+        return convolution_flops(node)
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return 0
+    formula: Callable[..., Any] | None = flop_registry.get(node.target.overloadpacket)
+    if formula is None:
+        return 0
+    args, kwargs = tree_map(_value, (node.args, node.kwargs))
+    return int(formula(*args, **kwargs, out_val=node.meta["val"]))
+
+
+def convolution_flops(node: fx.Node) -> int:
+    """FLOPs of a convolution, which are also those of its input gradient and those of its weight gradient."""
+    if node.target is aten.convolution.default:
+        narrow, weight, transposed = node.args[0] if node.args[6] else node, node.args[1], node.args[6]
+        batch = node.args[0]
+    else:
+        transposed = node.args[7]
+        narrow, weight, batch = node.args[1] if transposed else node.args[0], node.args[2], node.args[1]
+    values = [tensor_of(n) for n in (narrow, weight, batch)]  # type: ignore[arg-type]
+    if any(value is None for value in values):
+        return 0
+    narrow_shape, weight_shape, batch_shape = (value.shape for value in values)  # type: ignore[union-attr]
+    # Every weight is used once at each position of the smaller of the two maps.
+    return int(2 * batch_shape[0] * math.prod(narrow_shape[2:]) * math.prod(weight_shape))
+
+
+def _value(argument: Any) -> Any:
+    return argument.meta.get("val") if isinstance(argument, fx.Node) else argument

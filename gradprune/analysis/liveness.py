@@ -1,0 +1,80 @@
+"""Bytes that a step graph keeps alive: what crosses from forward to backward, and the peak.
+
+Both are properties of the graph as it stands. Fusion and recomputation make the compiled step need less; buffers are
+counted once however many views they have, and weights and inputs, which the caller owns, are not counted.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+
+import torch
+from torch import fx
+
+from ..step_graph import StepGraph
+from .regions import backward_nodes, weight_only_nodes
+
+
+def tensor_bytes(value: object) -> int:
+    """Bytes of a tensor's elements, 0 for anything else and for symbolic sizes."""
+    if not isinstance(value, torch.Tensor) or not isinstance(value.numel(), int):
+        return 0
+    # An expanded tensor holds one element for each of its expanded dimensions.
+    elements = 1
+    for size, stride in zip(value.shape, value.stride(), strict=True):
+        elements *= 1 if stride == 0 else int(size)
+    return elements * value.element_size()
+
+
+def base(node: fx.Node) -> fx.Node:
+    """The node that owns the memory ``node`` is a view of."""
+    while node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
+        returns = node.target._schema.returns
+        is_view = len(returns) == 1 and returns[0].alias_info is not None and not returns[0].alias_info.is_write
+        if not is_view or not isinstance(node.args[0], fx.Node):
+            break
+        node = node.args[0]
+    return node
+
+
+def saved_nodes(step_graph: StepGraph) -> list[fx.Node]:
+    """Buffers that the forward pass produces and the backward pass reads, other than values of weights alone."""
+    backward = backward_nodes(step_graph)
+    weight_only = weight_only_nodes(step_graph)
+    saved: dict[fx.Node, None] = {}
+    for node in step_graph.calls():
+        if node not in backward:
+            continue
+        for operand in node.all_input_nodes:
+            owner = base(operand)
+            if owner.op == "call_function" and owner not in backward and owner not in weight_only:
+                saved[owner] = None
+    return list(saved)
+
+
+def total_bytes(nodes: Iterable[fx.Node]) -> int:
+    """Bytes of the values of ``nodes``."""
+    return sum(tensor_bytes(node.meta.get("val")) for node in nodes)
+
+
+def peak_bytes(step_graph: StepGraph) -> int:
+    """Largest number of bytes alive at once when the nodes run in graph order, each buffer freed after its last use."""
+    last_use: dict[fx.Node, fx.Node] = {}
+    for node in step_graph.graph.nodes:
+        for operand in node.all_input_nodes:
+            last_use[base(operand)] = node
+    live = peak = 0
+    alive: dict[fx.Node, int] = {}
+    for node in step_graph.graph.nodes:
+        if node.op == "call_function" and base(node) is node:
+            # A tuple's memory is counted at its items.
+            size = tensor_bytes(node.meta.get("val"))
+            if node.target is operator.getitem or size:
+                alive[node] = size
+                live += size
+                peak = max(peak, live)
+        for operand in {base(operand) for operand in node.all_input_nodes} | {node}:
+            if last_use.get(operand, operand) is node and operand in alive:
+                live -= alive.pop(operand)
+    return peak

@@ -1,0 +1,45 @@
+"""Every error gradprune raises on purpose. Each names the thing, says what was expected and what to do next."""
+
+from __future__ import annotations
+
+from torch._dynamo.exc import ShortenTraceback
+
+
+class GradpruneError(RuntimeError):
+    """Base class of gradprune's own errors."""
+
+
+class OptionError(GradpruneError, ValueError):
+    """An option, or its value, is unknown."""
+
+
+class UnsupportedTorchError(GradpruneError, ImportError):
+    """The installed torch is outside the range that gradprune was checked against."""
+
+
+class CompileError(GradpruneError, ShortenTraceback):
+    """Raised while a step is compiled, before anything has run.
+
+    Inherits from Dynamo's ``ShortenTraceback`` so that ``torch.compile`` lets it through as itself rather than wrapped
+    into a ``BackendCompilerFailed``.
+    """
+
+
+class NoPerturbationError(CompileError):
+    """The step takes no gradient of an input perturbation."""
+
+
+class TrainingStepError(CompileError):
+    """Every gradient taken belongs to a weight: this is a training step, which gradprune must not compile."""
+
+
+class PassError(CompileError):
+    """A pass failed or produced an invalid graph (only raised with ``strict=True``)."""
+
+
+class WeightGradientError(GradpruneError):
+    """A weight gradient was asked for explicitly from a graph that was compiled without weight gradients."""
+
+
+class DoubleBackwardError(GradpruneError):
+    """The gradient computed by a compiled model was itself differentiated."""

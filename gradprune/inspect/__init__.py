@@ -1,0 +1,1 @@
+"""What a compilation did, for people to read and for programs to check."""

@@ -1,0 +1,135 @@
+"""The report of one compiled graph."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import fx
+
+from ..analysis.cost import FLOP_CLASSES, count_flops
+from ..analysis.liveness import base, peak_bytes, saved_nodes, total_bytes
+from ..passes.base import Change
+from ..passes.pipeline import PassRecord, count_ops
+from ..step_graph import Form, StepGraph
+
+
+@dataclass
+class Report:
+    """What gradprune did to one graph.
+
+    FLOPs count contractions, a multiply-add as two. Bytes are those of the graph as it stands, see
+    ``gradprune.analysis.liveness``; in the model form ``saved_bytes["after"]`` is what the compiled forward pass
+    really hands to the backward pass.
+
+    Attributes:
+        form: ``"step"`` or ``"model"``.
+        ops: Operators before and after.
+        flops: FLOPs by class (``forward``, ``input_grad``, ``weight_grad``, ``other``), before and after.
+        saved_bytes: Bytes kept from forward to backward, before and after.
+        peak_bytes: Largest number of bytes alive at once, before and after, without fusion.
+        passes: The passes that ran.
+        fallback: Why the graph was compiled as captured, ``None`` if it was not.
+    """
+
+    form: Form
+    ops: dict[str, int] = field(default_factory=dict)
+    flops: dict[str, dict[str, int]] = field(default_factory=dict)
+    saved_bytes: dict[str, int] = field(default_factory=dict)
+    peak_bytes: dict[str, int] = field(default_factory=dict)
+    passes: list[PassRecord] = field(default_factory=list)
+    fallback: str | None = None
+
+    @property
+    def removed(self) -> list[Change]:
+        """Nodes and outputs that are gone."""
+        return [change for record in self.passes for change in record.result.removed]
+
+    @property
+    def narrowed(self) -> list[Change]:
+        """Nodes that compute less than before, or from less."""
+        return [change for record in self.passes for change in record.result.narrowed]
+
+    @property
+    def skipped(self) -> list[Change]:
+        """What was left although it computes more than is used, and why."""
+        return [change for record in self.passes for change in record.result.skipped]
+
+    @property
+    def takes_gradient(self) -> bool:
+        """Whether the graph has a backward pass."""
+        return self.form == "step" or self.flops.get("before", {}).get("input_grad", 0) > 0
+
+    def measure(self, step_graph: StepGraph, when: str) -> None:
+        """Fill in the figures of ``step_graph`` as it is now, ``when`` being "before" or "after"."""
+        self.ops[when] = count_ops(step_graph)
+        self.flops[when] = count_flops(step_graph)
+        self.saved_bytes[when] = total_bytes(saved_nodes(step_graph))
+        self.peak_bytes[when] = peak_bytes(step_graph)
+
+    def measure_saved(self, forward: fx.Graph) -> None:
+        """Take the bytes saved for backward from a partitioned forward graph: what it returns beyond its outputs."""
+        output = forward.output_node()
+        visible = set(output.meta["user_visible_output_idxs"])
+        saved = {
+            base(value): None
+            for position, value in enumerate(output.args[0])  # type: ignore[arg-type]
+            if position not in visible and isinstance(value, fx.Node) and base(value).op == "call_function"
+        }
+        self.saved_bytes["after"] = total_bytes(saved)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data that ``json.dump`` takes."""
+        return {
+            "form": self.form,
+            "ops": dict(self.ops),
+            "flops": {when: dict(classes) for when, classes in self.flops.items()},
+            "saved_bytes": dict(self.saved_bytes),
+            "peak_bytes": dict(self.peak_bytes),
+            "removed": [asdict(change) for change in self.removed],
+            "narrowed": [asdict(change) for change in self.narrowed],
+            "skipped": [asdict(change) for change in self.skipped],
+            "passes": [
+                {
+                    "name": record.name,
+                    "tier": record.tier.value,
+                    "seconds": record.seconds,
+                    "ops": {"before": record.ops_before, "after": record.ops_after},
+                }
+                for record in self.passes
+            ],
+            "fallback": self.fallback,
+        }
+
+    def __str__(self) -> str:
+        title = {"step": "attack step, one graph", "model": "model, backward called from outside"}[self.form]
+        lines = [f"gradprune: {title}"]
+        if self.fallback is not None:
+            lines.append(f"  compiled as captured: {self.fallback}")
+        if "after" in self.ops:
+            lines.append(f"  {'':<24}{'before':>14}{'after':>14}")
+            lines.append(_row("operators", *(f"{self.ops[when]:,}" for when in ("before", "after"))))
+            for name in FLOP_CLASSES:
+                values = [self.flops[when][name] for when in ("before", "after")]
+                if any(values):
+                    lines.append(_row(f"GFLOP {name.replace('_', ' ')}", *(f"{value / 1e9:,.3f}" for value in values)))
+            totals = [sum(self.flops[when].values()) for when in ("before", "after")]
+            if totals[1]:
+                lines.append(_row("GFLOP total", *(f"{value / 1e9:,.3f}" for value in totals), f"{totals[0] / totals[1]:.2f}x"))
+            for label, values_by in (("MB saved for backward", self.saved_bytes), ("MB peak, unfused", self.peak_bytes)):
+                lines.append(_row(label, *(f"{values_by[when] / 1e6:,.1f}" for when in ("before", "after"))))
+        for label, changes in (("removed", self.removed), ("narrowed", self.narrowed)):
+            if changes:
+                counts = Counter(change.operator for change in changes).most_common(6)
+                lines.append(f"  {label} {len(changes)}: " + ", ".join(f"{n} {name}" for name, n in counts))
+        for change in self.skipped:
+            where = f" ({change.source})" if change.source else ""
+            lines.append(f"  kept {change.operator} {change.node}{where}: {change.reason}")
+        if self.passes:
+            lines.append("  passes: " + ", ".join(f"{r.name} {r.seconds * 1e3:.0f} ms" for r in self.passes))
+        return "\n".join(lines)
+
+
+def _row(label: str, before: str, after: str, note: str = "") -> str:
+    return f"  {label:<24}{before:>14}{after:>14}  {note}".rstrip()

@@ -1,0 +1,284 @@
+"""From a captured Dynamo graph to a compiled callable: the passes inside Inductor's compilation, caches keyed right."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import pickle
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from . import _torch, passes
+from .analysis.regions import mark_backward
+from .capture import Capture
+from .errors import DoubleBackwardError, PassError, TrainingStepError, WeightGradientError
+from .inspect.report import Report
+from .options import Options
+from .passes.pipeline import run_passes, select_passes
+from .step_graph import InputRole, OutputRole, StepGraph
+
+log = logging.getLogger(__name__)
+
+Callback = Callable[..., Any]
+InnerCompile = Callable[..., Callback]
+
+
+def lower(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    capture: Capture,
+    options: Options,
+    report: Report,
+    inner_compile: InnerCompile = _torch.compile_fx_inner,
+) -> Callback:
+    """Compile a captured graph.
+
+    Args:
+        gm: The Dynamo graph, as ``capture`` left it.
+        example_inputs: Its inputs.
+        capture: What it is.
+        options: The backend's options.
+        report: Filled in on the way.
+        inner_compile: What turns an ATen graph into a callable.
+
+    Returns:
+        A callable with the calling convention Dynamo expects of ``gm``.
+    """
+    pruning = PruningPass(capture, options, report, _torch.inductor_config.joint_custom_pre_pass)
+    compiled = _compile_fx(
+        gm,
+        example_inputs,
+        inner_compile=functools.partial(_compile_graph, inner_compile, capture, report),
+        patches={**options.inductor_settings, "joint_custom_pre_pass": pruning},
+    )
+    return _with_calling_convention(compiled, capture)
+
+
+def compile_as_captured(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, inner_compile: InnerCompile
+) -> Callback:
+    """Compile a graph without looking into it, as torch's default backend would."""
+    return _compile_fx(gm, example_inputs, inner_compile, options.inductor_settings)
+
+
+def _compile_fx(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], inner_compile: InnerCompile, patches: dict[str, Any]
+) -> Callback:
+    # See Note [Caches].
+    with _torch.functorch_config.patch(enable_autograd_cache=False, donated_buffer=False):
+        compiled: Callback = _torch.compile_fx(
+            gm, list(example_inputs), inner_compile=inner_compile, config_patches=patches
+        )
+    return compiled
+
+
+# Note [Caches]
+#
+# Inductor's FX graph cache keys on the ATen graph after the passes and on the uuid of custom passes, so it can stay on:
+# another option or another pass means another uuid or another graph. AOTAutograd's own cache keys on the graph before
+# the passes and hands back a finished artifact without running them: there would be no report, and whatever the key
+# misses would return an old artifact. It is off for these compilations; tracing runs every time.
+#
+# Donated buffers are off because attack libraries call backward with retain_graph=True, which donation forbids.
+
+
+class PruningPass(_torch.CustomGraphPass):
+    """Runs the pipeline on the joint graph (model form) or on the step graph, before Inductor's own joint passes."""
+
+    def __init__(self, capture: Capture, options: Options, report: Report, user_pass: Any = None) -> None:
+        self.capture = capture
+        self.options = options
+        self.report = report
+        self.user_passes = list(user_pass) if isinstance(user_pass, (list, tuple)) else [user_pass] * bool(user_pass)
+
+    def __call__(self, graph: fx.Graph) -> None:
+        """Prune ``graph`` in place; on a failure of a pass leave it as it was, unless ``strict``."""
+        for user_pass in self.user_passes:
+            user_pass(graph)
+        step_graph = build_step_graph(graph, self.capture)
+        if step_graph is None:
+            return
+        backup = copy_graph(graph)
+        try:
+            self.report.measure(step_graph, "before")
+            self.report.passes = run_passes(
+                step_graph,
+                select_passes(self.options.disable, self.options.exact_order),
+                verify=self.options.verify,
+            )
+            self.report.measure(step_graph, "after")
+        except Exception as error:
+            if self.options.strict:
+                raise error if isinstance(error, PassError) else PassError(f"a pass failed: {error!r}") from error
+            restore_graph(graph, backup)
+            self.report.passes = []
+            self.report.fallback = f"a pass failed: {type(error).__name__}: {error}"
+            log.warning("gradprune compiled a graph as captured, because a pass failed: %s", error, exc_info=error)
+
+    def uuid(self) -> bytes | None:
+        """Identity of the passes for Inductor's cache: their source, the options, the roles of this graph."""
+        user_ids = [user_pass.uuid() for user_pass in self.user_passes if hasattr(user_pass, "uuid")]
+        if len(user_ids) < len(self.user_passes) or None in user_ids:
+            return None  # someone's pass cannot be identified, so nothing may be cached
+        options = (self.options.disable, self.options.exact_order, self.options.verify, self.options.strict)
+        roles = (self.capture.form, self.capture.inputs, sorted(self.capture.outputs.items(), key=lambda item: item[0]))
+        return hashlib.sha256(pickle.dumps((source_hash(), options, roles, user_ids))).digest()
+
+
+@functools.lru_cache(maxsize=1)
+def source_hash() -> str:
+    """Hash of the source of gradprune, passes included."""
+    digest = hashlib.sha256()
+    folders = {Path(__file__).parent, Path(passes.__file__ or "").parent}
+    for file in sorted({path.resolve() for folder in folders for path in folder.rglob("*.py")}):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def build_step_graph(graph: fx.Graph, capture: Capture) -> StepGraph | None:
+    """Give an ATen graph its roles; ``None`` if it is not the graph of the whole capture (a nested region)."""
+    output = graph.output_node()
+    descriptors = output.meta.get("desc")
+    if descriptors is None:
+        return None
+    inputs = {}
+    for node in graph.find_nodes(op="placeholder"):
+        descriptor = node.meta.get("desc")
+        if isinstance(descriptor, _torch.PlainAOTInput):
+            inputs[node] = capture.inputs[descriptor.idx]
+        else:
+            is_tangent = type(descriptor).__name__ == "TangentAOTInput"
+            inputs[node] = InputRole.TANGENT if is_tangent else InputRole.DATA
+    outputs = []
+    kept_because = {}
+    for position, descriptor in enumerate(descriptors):
+        role = OutputRole.UPDATE
+        if isinstance(descriptor, _torch.PlainAOTOutput):
+            role = capture.outputs.get(descriptor.idx, OutputRole.UPDATE)
+            if descriptor.idx in capture.kept_because:
+                kept_because[position] = capture.kept_because[descriptor.idx]
+        elif isinstance(descriptor, _torch.InputMutationAOTOutput):
+            role = OutputRole.MUTATION
+        elif isinstance(descriptor, _torch.GradAOTOutput):
+            role = OutputRole.INPUT_GRAD
+            source = descriptor.grad_of
+            if isinstance(source, _torch.PlainAOTInput) and capture.inputs[source.idx] is InputRole.WEIGHT:
+                role = OutputRole.WEIGHT_GRAD
+                if capture.form == "step":
+                    role = OutputRole.KEPT_WEIGHT_GRAD
+                    kept_because[position] = "what the step returns can be differentiated by this weight"
+        outputs.append(role)
+    step_graph = StepGraph(graph, capture.form, inputs, outputs, kept_because)
+    mark_backward(step_graph, capture.gradient_calls)
+    return step_graph
+
+
+def copy_graph(graph: fx.Graph) -> fx.Graph:
+    """A copy of ``graph`` to restore it from."""
+    copy = fx.Graph()
+    values = copy.graph_copy(graph, {})
+    copy.output(values).meta = dict(graph.output_node().meta)
+    return copy
+
+
+def restore_graph(graph: fx.Graph, backup: fx.Graph) -> None:
+    """Make ``graph`` what it was when ``backup`` was copied from it."""
+    for node in reversed(graph.nodes):
+        graph.erase_node(node)
+    values = graph.graph_copy(backup, {})
+    graph.output(values).meta = dict(backup.output_node().meta)
+
+
+def _compile_graph(
+    inner_compile: InnerCompile, capture: Capture, report: Report, gm: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any
+) -> Callback:
+    """Compile one ATen graph: the step, or the forward or backward part of a model."""
+    if capture.form == "model" and not kwargs.get("is_inference"):
+        if not kwargs.get("is_backward"):
+            report.measure_saved(gm.graph)
+        else:
+            compiled = inner_compile(gm, inputs, **kwargs)
+            return _refuse_weight_gradients(compiled, capture.weight_positions)
+    return inner_compile(gm, inputs, **kwargs)
+
+
+# --- Calling conventions ----------------------------------------------------------------------------------------------
+
+
+def _with_calling_convention(compiled: Callback, capture: Capture) -> Callback:
+    """Return what Dynamo expects, and name the misuses that would otherwise end in an obscure error or in silence."""
+    if capture.form == "step":
+
+        def step(*args: Any) -> Sequence[Any]:
+            return compiled(*args)[: capture.visible_outputs]  # type: ignore[no-any-return]
+
+        return step
+
+    def model(*args: Any) -> list[Any]:
+        outputs = [_guard(output, capture.training_only) for output in compiled(*args)]
+        return outputs
+
+    return model
+
+
+def _guard(output: Any, training_only: bool) -> Any:
+    if not isinstance(output, torch.Tensor):
+        return output
+    if training_only and output.is_floating_point() and torch.is_grad_enabled():
+        return _NoWeightGradient.apply(output)
+    if output.grad_fn is not None:
+        output.grad_fn.register_hook(_refuse_double_backward)
+    return output
+
+
+class _NoWeightGradient(torch.autograd.Function):
+    """Identity whose backward says that only weights could receive a gradient here."""
+
+    @staticmethod
+    def forward(ctx: Any, output: torch.Tensor) -> torch.Tensor:
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> None:
+        raise TrainingStepError(
+            "backward() was called on a model compiled with gradprune, and no input of the model requires grad: the only "
+            "gradients would be those of weights, which gradprune does not compute. To attack, call "
+            "x_adv.requires_grad_(True) before the forward pass; to train, use the model that was not compiled, "
+            "or compile it with torch.compile's default backend"
+        )
+
+
+def _refuse_weight_gradients(compiled: Callback, weights: frozenset[int]) -> Callback:
+    def backward(args: list[Any]) -> Any:
+        if _torch.requests_weight_gradient(weights):
+            raise WeightGradientError(
+                "the gradient of a weight was asked for explicitly from a model compiled with gradprune, which computes "
+                "gradients of inputs only. Take it from the model that was not compiled, or from one compiled with "
+                "torch.compile's default backend; both share the weights"
+            )
+        return compiled(args)
+
+    backward._boxed_call = True  # type: ignore[attr-defined]
+    return backward
+
+
+def _refuse_double_backward(grad_inputs: Sequence[torch.Tensor | None], grad_outputs: Sequence[torch.Tensor | None]) -> None:
+    """Hook on the backward of a compiled model: with ``create_graph=True`` its results must not be differentiated."""
+    if not torch.is_grad_enabled():
+        return
+    for gradient in grad_inputs:
+        if gradient is not None and gradient.grad_fn is not None:
+            gradient.grad_fn.register_prehook(_raise_double_backward)
+
+
+def _raise_double_backward(grad_outputs: Sequence[torch.Tensor]) -> None:
+    raise DoubleBackwardError(
+        "the input gradient of a model compiled with gradprune was differentiated (double backward), which a separately "
+        "compiled backward cannot do. Compile the whole step instead, with both gradient calls inside: "
+        'torch.compile(attack_step, backend="gradprune")'
+    )

@@ -1,0 +1,89 @@
+"""Options of the backend: a frozen dataclass, checked before anything is compiled."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch._inductor
+
+from .errors import OptionError
+from .passes.pipeline import PASS_NAMES
+
+
+@dataclass(frozen=True)
+class Options:
+    """What can be set in ``torch.compile(..., backend="gradprune", options={...})``.
+
+    Attributes:
+        disable: Names of passes to leave out, such as ``("dgrad-as-convolution",)``.
+        exact_order: Leave out every pass that may round differently from eager (tier "reorders float").
+        strict: Raise when a pass fails. By default the graph is compiled as it was captured, with one warning, and
+            the reason is in the report.
+        verify: Check the graph after every pass. Costs compile time; meant for tests and bug reports.
+        mode: One of Inductor's modes, such as ``"max-autotune"``.
+        inductor: Settings of ``torch._inductor.config`` for this compilation, such as ``{"max_autotune": True}``.
+    """
+
+    disable: tuple[str, ...] = ()
+    exact_order: bool = False
+    strict: bool = False
+    verify: bool = False
+    mode: str | None = None
+    inductor: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("exact_order", "strict", "verify"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise OptionError(f"gradprune option {name!r} must be True or False, not {value!r}")
+        if isinstance(self.disable, str) or not isinstance(self.disable, Iterable):
+            raise OptionError(f"gradprune option 'disable' must be a list of pass names, not {self.disable!r}")
+        object.__setattr__(self, "disable", tuple(self.disable))
+        for name in self.disable:
+            if name not in PASS_NAMES:
+                raise OptionError(f"gradprune option 'disable': {unknown('pass', name, PASS_NAMES)}")
+        if self.mode is not None and self.mode not in _inductor_modes():
+            raise OptionError(f"gradprune option 'mode': {unknown('mode', self.mode, _inductor_modes())}")
+        if not isinstance(self.inductor, Mapping):
+            raise OptionError(f"gradprune option 'inductor' must be a mapping, not {self.inductor!r}")
+        from ._torch import inductor_config
+
+        known = inductor_config.get_config_copy() if self.inductor else {}
+        for name in self.inductor:
+            if name not in known:
+                raise OptionError(f"gradprune option 'inductor': {unknown('Inductor setting', name, known)}")
+
+    @property
+    def inductor_settings(self) -> dict[str, Any]:
+        """What ``mode`` stands for, and ``inductor`` on top of it."""
+        return {**_inductor_modes().get(self.mode or "", {}), **self.inductor}
+
+    @classmethod
+    def parse(cls, options: Mapping[str, Any] | None) -> Options:
+        """Build from a plain mapping.
+
+        Raises:
+            OptionError: A name or a value is unknown; the message has the nearest valid name.
+        """
+        names = [option.name for option in dataclasses.fields(cls)]
+        for name in options or {}:
+            if name not in names:
+                raise OptionError(f"gradprune has {unknown('option', name, names)}")
+        return cls(**(options or {}))
+
+
+def _inductor_modes() -> dict[str, dict[str, Any]]:
+    return {"default": {}, **torch._inductor.list_mode_options()}
+
+
+def unknown(kind: str, name: object, valid: Iterable[str]) -> str:
+    """Say that ``name`` is not among ``valid``, and which one was probably meant."""
+    valid = list(valid)
+    near = difflib.get_close_matches(str(name), valid, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"valid: {', '.join(sorted(valid)[:12])}"
+    return f"no {kind} {name!r}: {hint}"

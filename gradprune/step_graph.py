@@ -1,0 +1,109 @@
+"""The graph that passes work on: an ATen graph whose inputs and outputs have a role in the attack."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import fx
+
+Form = Literal["step", "model"]
+
+
+class InputRole(enum.Enum):
+    """What a graph input is to the attack."""
+
+    WEIGHT = "weight"
+    """Parameter or buffer of an ``nn.Module``, known by where it comes from, not by its type."""
+    PERTURBATION = "perturbation"
+    """A tensor whose gradient the attack takes."""
+    DATA = "data"
+    """Anything else: clean images, labels, step sizes."""
+    TANGENT = "tangent"
+    """Gradient that flows into the joint graph of the model form from outside."""
+
+
+class OutputRole(enum.Enum):
+    """What a graph output is to the attack."""
+
+    UPDATE = "update"
+    """A value the caller asked for: the next iterate, the logits, the loss."""
+    INPUT_GRAD = "input gradient"
+    """Gradient of something that is not a weight."""
+    WEIGHT_GRAD = "weight gradient"
+    """Gradient that only ever lands in the ``.grad`` of a weight."""
+    KEPT_WEIGHT_GRAD = "weight gradient that is read"
+    """Gradient of a weight that something else than ``.grad`` depends on; it is computed."""
+    MUTATION = "mutation"
+    """New value of an input that is written in place, such as a running mean."""
+
+
+@dataclass
+class StepGraph:
+    """An ATen graph, functional but for trailing ``copy_`` nodes, and the roles of its inputs and outputs.
+
+    Attributes:
+        graph: The graph. Its output node holds a flat list or tuple of nodes and ``None``.
+        form: ``"step"`` when forward, backward and update are one graph; ``"model"`` when it is the joint graph of a
+            model whose backward is called from outside.
+        inputs: Role of every placeholder.
+        outputs: Role of every position of the output node.
+        kept_because: For positions with role ``KEPT_WEIGHT_GRAD``, why the gradient is computed all the same.
+    """
+
+    graph: fx.Graph
+    form: Form
+    inputs: dict[fx.Node, InputRole]
+    outputs: list[OutputRole]
+    kept_because: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def output_node(self) -> fx.Node:
+        """The node that returns the graph's values."""
+        return self.graph.output_node()
+
+    def output_values(self) -> list[fx.Node | None]:
+        """What is returned, position by position."""
+        return list(self.output_node.args[0])  # type: ignore[arg-type]
+
+    def set_output_values(self, values: list[fx.Node | None]) -> None:
+        """Replace what is returned; the container keeps its type, because AOTAutograd's calling convention needs it."""
+        node = self.output_node
+        node.args = (type(node.args[0])(values),)  # type: ignore[call-arg]
+
+    def weights(self) -> list[fx.Node]:
+        """Placeholders that hold a parameter or a buffer."""
+        return [node for node, role in self.inputs.items() if role is InputRole.WEIGHT]
+
+    def calls(self) -> Iterator[fx.Node]:
+        """Nodes that compute something, in order."""
+        return (node for node in self.graph.nodes if node.op == "call_function")
+
+
+def tensor_of(node: fx.Node) -> torch.Tensor | None:
+    """The fake tensor a node produces, ``None`` if it produces anything else."""
+    value = node.meta.get("val")
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def overload_name(node: fx.Node) -> str:
+    """Operator of a call node as users write it, ``aten.convolution_backward`` for example."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target).removesuffix(".default")
+    return getattr(target, "__name__", str(target))
+
+
+def source_line(node: fx.Node) -> str:
+    """The user's ``file:line`` a node was traced from, or an empty string."""
+    location = ""
+    for line in (node.meta.get("stack_trace") or "").splitlines():
+        line = line.strip()
+        if line.startswith('File "'):
+            path, _, rest = line[len('File "') :].partition('"')
+            number = rest.removeprefix(", line ").partition(",")[0]
+            location = f"{path}:{number}"
+    return location

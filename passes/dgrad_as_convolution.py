@@ -1,0 +1,96 @@
+"""Compute the input gradient of a convolution by a convolution, so that the convolution's input need not be saved.
+
+    %cb = convolution_backward(%gy, %x, %w, ..., [True, False, False])
+    %gx = getitem(%cb, 0)
+becomes
+    %gx = convolution(%gy, %w, None, stride, padding, dilation, transposed=True, output_padding, groups)
+
+``convolution_backward`` keeps the saved input %x as an operand even when only the input gradient is asked for; the
+convolution does not, and this is what frees activation memory. The input gradient of a transposed convolution is a
+plain one. Legal when the output padding that restores the input's size lies in [0, max(stride, dilation)), which torch
+demands of a transposed convolution; with symbolic sizes, when that padding is a known integer all the same. Does not
+touch a convolution whose weight gradient is used. Reorders float: another algorithm may add up in another order.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..step_graph import StepGraph, tensor_of
+from .base import Change, PassResult, Tier
+from .dce import eliminate_dead_code
+from .narrow_outputs import used_outputs
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class DgradAsConvolution:
+    """Rewrite ``convolution_backward`` that computes the input gradient alone."""
+
+    name = "dgrad-as-convolution"
+    tier = Tier.REORDERS_FLOAT
+
+    def run(self, step_graph: StepGraph) -> PassResult:
+        """See ``Pass.run``."""
+        result = PassResult()
+        graph = step_graph.graph
+        for node in graph.find_nodes(op="call_function", target=aten.convolution_backward.default):
+            if used_outputs(node) != frozenset({0}):
+                continue
+            arguments = _convolution_arguments(node)
+            if isinstance(arguments, str):
+                result.skipped.append(Change.at(node, arguments))
+                continue
+            with graph.inserting_before(node):
+                gradient = graph.call_function(aten.convolution.default, arguments)
+            gradient.meta = {**node.meta, "val": node.meta["val"][0]}
+            for getitem in list(node.users):
+                assert getitem.target is operator.getitem
+                getitem.replace_all_uses_with(gradient)
+                graph.erase_node(getitem)
+            result.narrowed.append(Change.at(node, "input gradient computed by a convolution, without the saved input"))
+            graph.erase_node(node)
+        if result.narrowed:
+            result.removed += eliminate_dead_code(graph)
+        return result
+
+
+def _convolution_arguments(node: fx.Node) -> tuple[Any, ...] | str:
+    """Arguments of the convolution that computes the input gradient, or the reason why there is none."""
+    grad_output, saved_input, weight, _, stride, padding, dilation, transposed, output_padding, groups, _ = node.args
+    shapes = [tensor_of(n) for n in (grad_output, saved_input, weight)]  # type: ignore[arg-type]
+    if any(shape is None for shape in shapes):
+        return "an operand has no known shape"
+    out, inp, kernel = (list(t.shape[2:]) for t in shapes)  # type: ignore[union-attr]
+    rank = len(kernel)
+    stride, padding, dilation = (_per_dimension(v, rank) for v in (stride, padding, dilation))
+    if transposed:
+        return (grad_output, weight, None, stride, padding, dilation, False, [0] * rank, groups)
+    output_padding = []
+    for k in range(rank):
+        rest = inp[k] - ((out[k] - 1) * stride[k] - 2 * padding[k] + dilation[k] * (kernel[k] - 1) + 1)
+        known = _known_integer(rest)
+        if known is None:
+            return "the output padding of the transposed convolution depends on a symbolic size"
+        if not 0 <= known < max(stride[k], dilation[k]):
+            return f"the input's dimension {k} needs an output padding of {known}, which torch does not allow"
+        output_padding.append(known)
+    return (grad_output, weight, None, stride, padding, dilation, True, output_padding, groups)
+
+
+def _per_dimension(value: Any, rank: int) -> list[int]:
+    return list(value) * rank if len(value) == 1 else list(value)
+
+
+def _known_integer(size: int | torch.SymInt) -> int | None:
+    """The integer a size is known to be without adding a guard, else ``None``."""
+    if isinstance(size, int):
+        return size
+    expression = size.node.maybe_as_int()
+    return None if expression is None else int(expression)
