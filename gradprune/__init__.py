@@ -1,6 +1,6 @@
 """A ``torch.compile`` backend for adversarial attacks: only the gradient of the input perturbation is computed.
 
-    step = torch.compile(attack_step, backend="gradprune")
+step = torch.compile(attack_step, backend="gradprune")
 """
 
 from importlib.metadata import PackageNotFoundError, version

@@ -42,6 +42,7 @@ __all__ = [
     "compile_wrapper_of",
     "compiling_code",
     "compiling_wrapper",
+    "declare_no_donated_buffers",
     "dynamo_nodes",
     "forget_backend",
     "functorch_config",
@@ -205,6 +206,13 @@ def dynamo_nodes(node: fx.Node) -> set[str]:
     return {source.name for source in node.meta.get("from_node", ())}
 
 
+def declare_no_donated_buffers() -> None:
+    """Say for the graph being compiled that its backward pass reuses no saved tensor's memory."""
+    context = torch._guards.TracingContext.try_get()
+    if context is not None and context.fw_metadata is not None:
+        context.fw_metadata.bw_donated_idxs = []
+
+
 def requests_weight_gradient(positions: frozenset[int]) -> bool:
     """Whether the running backward pass was asked explicitly for the gradient of one of the current node's inputs.
 
@@ -214,7 +222,7 @@ def requests_weight_gradient(positions: frozenset[int]) -> bool:
     Args:
         positions: Which inputs of the node hold weights.
     """
-    node = torch._C._current_autograd_node()  # type: ignore[attr-defined]
+    node = torch._C._current_autograd_node()
     asked, everything = False, True
     for position, (function, _) in enumerate(node.next_functions):
         if function is None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
 from torch import nn
 
 from .compile import compile as compile_
@@ -30,7 +29,7 @@ class AcceleratedModule(nn.Module):
         self.__dict__["_gradprune_compiled"] = compile_(model, **options)
 
     @property
-    def training(self) -> bool:  # type: ignore[override]
+    def training(self) -> bool:
         """The original's training flag."""
         return bool(self.__dict__["_gradprune_original"].training)
 
@@ -78,5 +77,7 @@ def accelerate(model: nn.Module, **options: Any) -> AcceleratedModule:
     if isinstance(model, AcceleratedModule):
         return accelerate(model.__dict__["_gradprune_original"], **options) if options else model
     if not isinstance(model, nn.Module):
-        raise TypeError(f"accelerate takes an nn.Module, not {type(model).__name__}; use gradprune.compile for functions")
+        raise TypeError(
+            f"accelerate takes an nn.Module, not {type(model).__name__}; use gradprune.compile for functions"
+        )
     return AcceleratedModule(model, options)

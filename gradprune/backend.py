@@ -45,7 +45,9 @@ def gradprune(
         TrainingStepError: The step takes gradients of weights alone.
         PassError: A pass failed and ``strict`` is set.
     """
-    compiled, report = compile_graph(gm, example_inputs, Options.parse({**({"mode": mode} if mode else {}), **(options or {})}))
+    compiled, report = compile_graph(
+        gm, example_inputs, Options.parse({**({"mode": mode} if mode else {}), **(options or {})})
+    )
     wrapper = _torch.compiling_wrapper()
     if wrapper is not None:
         _compilations.append((weakref.ref(wrapper), _torch.compiling_code(), report))

@@ -16,7 +16,7 @@ from torch import fx
 
 from ._torch import functorch_grad, is_module_state, module_state_of_grad
 from .errors import TrainingStepError
-from .step_graph import Form, InputRole, OutputRole, source_line
+from .step_graph import Form, InputRole, OutputRole, set_outputs, source_line
 
 
 @dataclass
@@ -117,7 +117,10 @@ def _origin(node: fx.Node) -> fx.Node:
     """The node whose value ``node`` carries, followed back through detaching and copying."""
     while True:
         is_method = node.op == "call_method" and node.target in _SAME_VALUE
-        is_function = node.op == "call_function" and getattr(node.target, "__name__", "") in {"_wrap_for_grad", *_SAME_VALUE}
+        is_function = node.op == "call_function" and getattr(node.target, "__name__", "") in {
+            "_wrap_for_grad",
+            *_SAME_VALUE,
+        }
         if not (is_method or is_function) or not isinstance(node.args[0], fx.Node):
             return node
         node = node.args[0]
@@ -179,9 +182,7 @@ def _mark_explicit_weight_gradients(
                     prepared.kept_because[position] = "the step returns this weight gradient"
 
 
-def _expose_accumulated_gradient(
-    graph: fx.Graph, weight: fx.Node, calls: list[fx.Node], prepared: Capture
-) -> None:
+def _expose_accumulated_gradient(graph: fx.Graph, weight: fx.Node, calls: list[fx.Node], prepared: Capture) -> None:
     """Turn the accumulation of a weight's gradient into ``weight.grad`` into graph outputs with role WEIGHT_GRAD.
 
     Dynamo traces ``loss.backward()`` as ``autograd.grad`` with respect to every leaf, followed by, for each of them::
@@ -194,22 +195,27 @@ def _expose_accumulated_gradient(
     computed, never dropped.
     """
     items = _gradient_items(calls, weight)
-    buffers = [user.args[0] for item in items for user in item.users if _is_method(user, "copy_") and user.args[1] is item]
+    buffers = [
+        user.args[0] for item in items for user in item.users if _is_method(user, "copy_") and user.args[1] is item
+    ]
     slots = [node for node in _placeholders(graph) if _is_grad_of(node, weight)]
     accumulators: list[fx.Node] = [*buffers, *slots]  # type: ignore[list-item]
     if not buffers or any(buffer.target is not torch.empty_like for buffer in buffers):  # type: ignore[union-attr]
         return
-    output = graph.output_node()
     additions = set()
     for accumulator in accumulators:
         for user in accumulator.users:
-            if _is_method(user, "add_") and user.args[0] in accumulators and user.args[1] in buffers and not user.users:
+            if user is graph.output_node():
+                continue
+            writes = user.op == "call_method" and user.args[0] is accumulator and not user.users
+            is_addend = _is_method(user, "add_") and user.args[0] in accumulators and not user.users
+            if is_addend and user.args[1] in buffers:
                 additions.add(user)
-            elif _is_method(user, "copy_") and user.args[0] is accumulator and user.args[1] in items and not user.users:
-                continue
-            elif _is_method(user, "zero_") and accumulator in slots and not user.users:
-                continue
-            elif user is not output:
+            elif writes and user.target == "copy_" and user.args[1] in items:
+                continue  # the gradient arriving in its buffer
+            elif writes and user.target == "zero_" and accumulator in slots:
+                continue  # optimizer.zero_grad(set_to_none=False): asked for, so it happens
+            else:
                 _keep(graph, accumulators, f"read by {user.name} {source_line(user)}".rstrip(), prepared)
                 return
     for addition in additions:
@@ -219,7 +225,7 @@ def _expose_accumulated_gradient(
         if buffer not in outputs:
             outputs.append(buffer)
         prepared.outputs[outputs.index(buffer)] = OutputRole.WEIGHT_GRAD
-    output.args = (type(output.args[0])(outputs),)  # type: ignore[call-arg]
+    set_outputs(graph, outputs)
 
 
 def _keep(graph: fx.Graph, accumulators: list[fx.Node], reason: str, prepared: Capture) -> None:
@@ -268,4 +274,6 @@ def _detach(graph: fx.Graph, weights: Iterable[fx.Node], users: list[fx.Node]) -
         with graph.inserting_after(last_placeholder):
             detached = graph.call_method("detach", (weight,))
         detached.meta["example_value"] = weight.meta["example_value"].detach()
-        weight.replace_all_uses_with(detached, delete_user_cb=lambda user, own=detached: user in chosen and user is not own)
+        for user in list(weight.users):
+            if user in chosen:
+                user.replace_input_with(weight, detached)

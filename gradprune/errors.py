@@ -9,20 +9,23 @@ class GradpruneError(RuntimeError):
     """Base class of gradprune's own errors."""
 
 
-class OptionError(GradpruneError, ValueError):
-    """An option, or its value, is unknown."""
-
-
-class UnsupportedTorchError(GradpruneError, ImportError):
-    """The installed torch is outside the range that gradprune was checked against."""
-
-
 class CompileError(GradpruneError, ShortenTraceback):
     """Raised while a step is compiled, before anything has run.
 
     Inherits from Dynamo's ``ShortenTraceback`` so that ``torch.compile`` lets it through as itself rather than wrapped
     into a ``BackendCompilerFailed``.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, first_useful_frame=None)
+
+
+class OptionError(CompileError, ValueError):
+    """An option, or its value, is unknown."""
+
+
+class UnsupportedTorchError(CompileError, ImportError):
+    """The installed torch is outside the range that gradprune was checked against."""
 
 
 class NoPerturbationError(CompileError):

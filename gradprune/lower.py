@@ -25,7 +25,7 @@ from .step_graph import InputRole, OutputRole, StepGraph
 log = logging.getLogger(__name__)
 
 Callback = Callable[..., Any]
-InnerCompile = Callable[..., Callback]
+InnerCompile = Callable[..., Any]
 
 
 def lower(
@@ -34,7 +34,7 @@ def lower(
     capture: Capture,
     options: Options,
     report: Report,
-    inner_compile: InnerCompile = _torch.compile_fx_inner,
+    inner_compile: InnerCompile,
 ) -> Callback:
     """Compile a captured graph.
 
@@ -71,10 +71,8 @@ def _compile_fx(
 ) -> Callback:
     # See Note [Caches].
     with _torch.functorch_config.patch(enable_autograd_cache=False, donated_buffer=False):
-        compiled: Callback = _torch.compile_fx(
-            gm, list(example_inputs), inner_compile=inner_compile, config_patches=patches
-        )
-    return compiled
+        compiled: Any = _torch.compile_fx(gm, list(example_inputs), inner_compile=inner_compile, config_patches=patches)
+    return compiled  # type: ignore[no-any-return]
 
 
 # Note [Caches]
@@ -84,7 +82,9 @@ def _compile_fx(
 # the passes and hands back a finished artifact without running them: there would be no report, and whatever the key
 # misses would return an old artifact. It is off for these compilations; tracing runs every time.
 #
-# Donated buffers are off because attack libraries call backward with retain_graph=True, which donation forbids.
+# Donated buffers are off because attack libraries call backward with retain_graph=True, which donation forbids. Torch
+# reads the setting again when backward runs, outside of the patch, and takes "not collected" for "some": hence
+# ``declare_no_donated_buffers``.
 
 
 class PruningPass(_torch.CustomGraphPass):
@@ -116,6 +116,7 @@ class PruningPass(_torch.CustomGraphPass):
             if self.options.strict:
                 raise error if isinstance(error, PassError) else PassError(f"a pass failed: {error!r}") from error
             restore_graph(graph, backup)
+            _drop_weight_gradients(graph, self.capture)
             self.report.passes = []
             self.report.fallback = f"a pass failed: {type(error).__name__}: {error}"
             log.warning("gradprune compiled a graph as captured, because a pass failed: %s", error, exc_info=error)
@@ -128,6 +129,14 @@ class PruningPass(_torch.CustomGraphPass):
         options = (self.options.disable, self.options.exact_order, self.options.verify, self.options.strict)
         roles = (self.capture.form, self.capture.inputs, sorted(self.capture.outputs.items(), key=lambda item: item[0]))
         return hashlib.sha256(pickle.dumps((source_hash(), options, roles, user_ids))).digest()
+
+
+def _drop_weight_gradients(graph: fx.Graph, capture: Capture) -> None:
+    """Return no weight gradients from a graph that is otherwise compiled as captured: ``.grad`` stays untouched."""
+    step_graph = build_step_graph(graph, capture)
+    assert step_graph is not None
+    values = zip(step_graph.output_values(), step_graph.outputs, strict=True)
+    step_graph.set_output_values([None if role is OutputRole.WEIGHT_GRAD else value for value, role in values])
 
 
 @functools.lru_cache(maxsize=1)
@@ -181,8 +190,7 @@ def build_step_graph(graph: fx.Graph, capture: Capture) -> StepGraph | None:
 def copy_graph(graph: fx.Graph) -> fx.Graph:
     """A copy of ``graph`` to restore it from."""
     copy = fx.Graph()
-    values = copy.graph_copy(graph, {})
-    copy.output(values).meta = dict(graph.output_node().meta)
+    _copy_nodes(graph, copy)
     return copy
 
 
@@ -190,21 +198,35 @@ def restore_graph(graph: fx.Graph, backup: fx.Graph) -> None:
     """Make ``graph`` what it was when ``backup`` was copied from it."""
     for node in reversed(graph.nodes):
         graph.erase_node(node)
-    values = graph.graph_copy(backup, {})
-    graph.output(values).meta = dict(backup.output_node().meta)
+    _copy_nodes(backup, graph)
+
+
+def _copy_nodes(source: fx.Graph, target: fx.Graph) -> None:
+    copies: dict[fx.Node, fx.Node] = {}
+    values = target.graph_copy(source, copies)
+    target.output(values).meta = dict(source.output_node().meta)
+    for node, copy in copies.items():
+        if hasattr(node, "_dynamo_source"):
+            copy._dynamo_source = node._dynamo_source
 
 
 def _compile_graph(
-    inner_compile: InnerCompile, capture: Capture, report: Report, gm: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any
+    inner_compile: InnerCompile,
+    capture: Capture,
+    report: Report,
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    **kwargs: Any,
 ) -> Callback:
     """Compile one ATen graph: the step, or the forward or backward part of a model."""
     if capture.form == "model" and not kwargs.get("is_inference"):
         if not kwargs.get("is_backward"):
             report.measure_saved(gm.graph)
+            _torch.declare_no_donated_buffers()
         else:
             compiled = inner_compile(gm, inputs, **kwargs)
             return _refuse_weight_gradients(compiled, capture.weight_positions)
-    return inner_compile(gm, inputs, **kwargs)
+    return inner_compile(gm, inputs, **kwargs)  # type: ignore[no-any-return]
 
 
 # --- Calling conventions ----------------------------------------------------------------------------------------------
@@ -230,36 +252,42 @@ def _guard(output: Any, training_only: bool) -> Any:
     if not isinstance(output, torch.Tensor):
         return output
     if training_only and output.is_floating_point() and torch.is_grad_enabled():
-        return _NoWeightGradient.apply(output)
+        anchor = torch.empty(0, device=output.device, requires_grad=True)
+        return _NoWeightGradient.apply(output, anchor)
     if output.grad_fn is not None:
         output.grad_fn.register_hook(_refuse_double_backward)
     return output
 
 
 class _NoWeightGradient(torch.autograd.Function):
-    """Identity whose backward says that only weights could receive a gradient here."""
+    """Identity whose backward says that only weights could receive a gradient here.
+
+    The anchor is a leaf that requires grad, without which the result would not.
+    """
 
     @staticmethod
-    def forward(ctx: Any, output: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, output: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor:
         return output.view_as(output)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> None:
         raise TrainingStepError(
-            "backward() was called on a model compiled with gradprune, and no input of the model requires grad: the only "
-            "gradients would be those of weights, which gradprune does not compute. To attack, call "
+            "backward() was called on a model compiled with gradprune, and no input of the model requires grad: the "
+            "only gradients would be those of weights, which gradprune does not compute. To attack, call "
             "x_adv.requires_grad_(True) before the forward pass; to train, use the model that was not compiled, "
             "or compile it with torch.compile's default backend"
         )
 
 
 def _refuse_weight_gradients(compiled: Callback, weights: frozenset[int]) -> Callback:
+    """A compiled backward pass that raises when a weight gradient is asked for."""
+
     def backward(args: list[Any]) -> Any:
         if _torch.requests_weight_gradient(weights):
             raise WeightGradientError(
-                "the gradient of a weight was asked for explicitly from a model compiled with gradprune, which computes "
-                "gradients of inputs only. Take it from the model that was not compiled, or from one compiled with "
-                "torch.compile's default backend; both share the weights"
+                "the gradient of a weight was asked for explicitly from a model compiled with gradprune, which "
+                "computes gradients of inputs only. Take it from the model that was not compiled, or from one "
+                "compiled with torch.compile's default backend; both share the weights"
             )
         return compiled(args)
 
@@ -267,7 +295,7 @@ def _refuse_weight_gradients(compiled: Callback, weights: frozenset[int]) -> Cal
     return backward
 
 
-def _refuse_double_backward(grad_inputs: Sequence[torch.Tensor | None], grad_outputs: Sequence[torch.Tensor | None]) -> None:
+def _refuse_double_backward(grad_inputs: Sequence[torch.Tensor | None], grad_outputs: object) -> None:
     """Hook on the backward of a compiled model: with ``create_graph=True`` its results must not be differentiated."""
     if not torch.is_grad_enabled():
         return
@@ -278,7 +306,7 @@ def _refuse_double_backward(grad_inputs: Sequence[torch.Tensor | None], grad_out
 
 def _raise_double_backward(grad_outputs: Sequence[torch.Tensor]) -> None:
     raise DoubleBackwardError(
-        "the input gradient of a model compiled with gradprune was differentiated (double backward), which a separately "
-        "compiled backward cannot do. Compile the whole step instead, with both gradient calls inside: "
+        "the input gradient of a model compiled with gradprune was differentiated (double backward), which a "
+        "separately compiled backward cannot do. Compile the whole step instead, with both gradient calls inside: "
         'torch.compile(attack_step, backend="gradprune")'
     )

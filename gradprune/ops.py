@@ -22,7 +22,7 @@ those of a graph that Inductor converts to channels-last, and cost a kernel of i
 """
 
 
-@register_lowering(realize, type_promotion_kind=None)  # type: ignore[untyped-decorator]
+@register_lowering(realize, type_promotion_kind=None)
 def _lower_realize(value: Any) -> Any:
     value.realize()
     return value

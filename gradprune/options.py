@@ -41,9 +41,10 @@ class Options:
             value = getattr(self, name)
             if not isinstance(value, bool):
                 raise OptionError(f"gradprune option {name!r} must be True or False, not {value!r}")
-        if isinstance(self.disable, str) or not isinstance(self.disable, Iterable):
+        names: object = self.disable
+        if isinstance(names, str) or not isinstance(names, Iterable):
             raise OptionError(f"gradprune option 'disable' must be a list of pass names, not {self.disable!r}")
-        object.__setattr__(self, "disable", tuple(self.disable))
+        object.__setattr__(self, "disable", tuple(names))
         for name in self.disable:
             if name not in PASS_NAMES:
                 raise OptionError(f"gradprune option 'disable': {unknown('pass', name, PASS_NAMES)}")

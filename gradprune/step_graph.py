@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import fx
@@ -70,9 +70,8 @@ class StepGraph:
         return list(self.output_node.args[0])  # type: ignore[arg-type]
 
     def set_output_values(self, values: list[fx.Node | None]) -> None:
-        """Replace what is returned; the container keeps its type, because AOTAutograd's calling convention needs it."""
-        node = self.output_node
-        node.args = (type(node.args[0])(values),)  # type: ignore[call-arg]
+        """Replace what is returned."""
+        set_outputs(self.graph, values)
 
     def weights(self) -> list[fx.Node]:
         """Placeholders that hold a parameter or a buffer."""
@@ -81,6 +80,12 @@ class StepGraph:
     def calls(self) -> Iterator[fx.Node]:
         """Nodes that compute something, in order."""
         return (node for node in self.graph.nodes if node.op == "call_function")
+
+
+def set_outputs(graph: fx.Graph, values: Sequence[Any]) -> None:
+    """Have ``graph`` return other values, in a container of the same type."""
+    node = graph.output_node()
+    node.args = (list(values) if isinstance(node.args[0], list) else tuple(values),)
 
 
 def tensor_of(node: fx.Node) -> torch.Tensor | None:

@@ -11,6 +11,7 @@ symbolic. Exact.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -76,12 +77,12 @@ class ShapeOnlyOperands:
 def _expanded_scalar(before: fx.Node, like: torch.Tensor) -> fx.Node:
     """A zero expanded to the shape of ``like``, inserted before a node."""
     graph = before.graph
-    kwargs = {"dtype": like.dtype, "device": like.device, "pin_memory": False}
+    kwargs: dict[str, Any] = {"dtype": like.dtype, "device": like.device, "pin_memory": False}
     with graph.inserting_before(before):
         scalar = graph.call_function(aten.full.default, ([1] * like.dim(), 0), kwargs)
         expanded = graph.call_function(aten.expand.default, (scalar, list(like.shape)))
     scalar.meta = _meta_from(before, like.new_empty([1] * like.dim()))
-    expanded.meta = _meta_from(before, scalar.meta["val"].expand(like.shape))
+    expanded.meta = _meta_from(before, like.new_empty([1] * like.dim()).expand(like.shape))
     return expanded
 
 

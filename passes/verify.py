@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map
 
 from ..errors import PassError
 from ..step_graph import OutputRole, StepGraph, overload_name, tensor_of
@@ -86,8 +88,7 @@ def _random_operators(step_graph: StepGraph) -> list[str]:
     return [
         overload_name(node)
         for node in step_graph.calls()
-        if isinstance(node.target, torch._ops.OpOverload)
-        and torch.Tag.nondeterministic_seeded in node.target.tags
+        if isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
     ]
 
 
@@ -115,9 +116,14 @@ def _no_mutation_but_trailing_copies(step_graph: StepGraph) -> None:
 def _no_read_of_a_masked_output(step_graph: StepGraph) -> None:
     for node in step_graph.calls():
         if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
-            whole = node.args[0].meta.get("val")
-            if isinstance(whole, (tuple, list)) and whole[node.args[1]] is None and node.users:  # type: ignore[call-overload]
+            whole: Any = node.args[0].meta.get("val")
+            if isinstance(whole, (tuple, list)) and whole[_position(node)] is None and node.users:
                 raise _Invalid("it reads an output that is not computed", node)
+
+
+def _position(getitem: fx.Node) -> int:
+    position: Any = getitem.args[1]
+    return int(position)
 
 
 def _shapes_agree(step_graph: StepGraph) -> None:
@@ -126,7 +132,7 @@ def _shapes_agree(step_graph: StepGraph) -> None:
         expected = tensor_of(node)
         if expected is None or not isinstance(node.target, torch._ops.OpOverload) or node.target._schema.is_mutable:
             continue
-        args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), _fake)  # type: ignore[misc]
+        args, kwargs = tree_map(_fake, (node.args, node.kwargs))
         mode = getattr(expected, "fake_mode", None)
         if not isinstance(mode, FakeTensorMode):
             continue

@@ -39,9 +39,9 @@ def count_flops(step_graph: StepGraph) -> dict[str, int]:
     for node in step_graph.calls():
         if node.target is aten.convolution_backward.default:
             each = convolution_flops(node)
-            input_used, weight_used, _ = node.args[-1]  # type: ignore[misc]
-            totals["weight_grad" if node in weight_gradients else "input_grad"] += each * bool(input_used)
-            totals["weight_grad"] += each * bool(weight_used)
+            mask: Any = node.args[-1]
+            totals["weight_grad" if node in weight_gradients else "input_grad"] += each * bool(mask[0])
+            totals["weight_grad"] += each * bool(mask[1])
             continue
         flops = node_flops(node)
         if node in weight_only:

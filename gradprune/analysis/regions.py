@@ -7,7 +7,6 @@ from torch import fx
 from .._torch import dynamo_nodes
 from ..step_graph import InputRole, OutputRole, StepGraph
 
-
 BACKWARD = "gradprune_backward"
 """Key in ``node.meta`` that marks nodes of the backward pass. Passes copy it to the nodes they put in their place."""
 

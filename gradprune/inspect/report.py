@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -109,16 +110,16 @@ class Report:
             lines.append(f"  compiled as captured: {self.fallback}")
         if "after" in self.ops:
             lines.append(f"  {'':<24}{'before':>14}{'after':>14}")
-            lines.append(_row("operators", *(f"{self.ops[when]:,}" for when in ("before", "after"))))
+            lines.append(_row("operators", self.ops, "{:,.0f}"))
             for name in FLOP_CLASSES:
-                values = [self.flops[when][name] for when in ("before", "after")]
-                if any(values):
-                    lines.append(_row(f"GFLOP {name.replace('_', ' ')}", *(f"{value / 1e9:,.3f}" for value in values)))
-            totals = [sum(self.flops[when].values()) for when in ("before", "after")]
-            if totals[1]:
-                lines.append(_row("GFLOP total", *(f"{value / 1e9:,.3f}" for value in totals), f"{totals[0] / totals[1]:.2f}x"))
-            for label, values_by in (("MB saved for backward", self.saved_bytes), ("MB peak, unfused", self.peak_bytes)):
-                lines.append(_row(label, *(f"{values_by[when] / 1e6:,.1f}" for when in ("before", "after"))))
+                of_class = {when: classes[name] / 1e9 for when, classes in self.flops.items()}
+                if any(of_class.values()):
+                    lines.append(_row(f"GFLOP {name.replace('_', ' ')}", of_class, "{:,.3f}"))
+            total = {when: sum(classes.values()) / 1e9 for when, classes in self.flops.items()}
+            ratio = f"{total['before'] / total['after']:.2f}x" if total["after"] else ""
+            lines.append(_row("GFLOP total", total, "{:,.3f}", ratio))
+            for label, size in (("MB saved for backward", self.saved_bytes), ("MB peak, unfused", self.peak_bytes)):
+                lines.append(_row(label, {when: value / 1e6 for when, value in size.items()}, "{:,.1f}"))
         for label, changes in (("removed", self.removed), ("narrowed", self.narrowed)):
             if changes:
                 counts = Counter(change.operator for change in changes).most_common(6)
@@ -131,5 +132,6 @@ class Report:
         return "\n".join(lines)
 
 
-def _row(label: str, before: str, after: str, note: str = "") -> str:
+def _row(label: str, values: Mapping[str, float], form: str, note: str = "") -> str:
+    before, after = form.format(values["before"]), form.format(values["after"])
     return f"  {label:<24}{before:>14}{after:>14}  {note}".rstrip()
