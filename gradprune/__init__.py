@@ -5,9 +5,9 @@ step = torch.compile(attack_step, backend="gradprune")
 
 from importlib.metadata import PackageNotFoundError, version
 
-from ._torch import check_version
+from .version import check_version
 
-check_version()
+check_version()  # before anything imports a private part of torch
 
 from .accelerate import accelerate  # noqa: E402
 from .backend import reports  # noqa: E402

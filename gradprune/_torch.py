@@ -1,7 +1,7 @@
 """The private parts of torch that gradprune leans on, in one place.
 
-Read and checked against torch 2.11 to 2.13; ``check_version`` refuses what lies outside the supported range with a
-named error, because a private function that moved would otherwise fail somewhere deep inside a compilation.
+Read in torch 2.11 and 2.13, run with 2.13. ``gradprune.version.check_version`` refuses what lies outside the supported
+range before this module is imported, because a private function that moved would fail somewhere inside a compilation.
 """
 
 from __future__ import annotations
@@ -26,8 +26,6 @@ from torch._inductor import config as inductor_config
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
-from .errors import UnsupportedTorchError
-
 __all__ = [
     "TRACED_FLAGS",
     "CustomGraphPass",
@@ -35,7 +33,6 @@ __all__ = [
     "InputMutationAOTOutput",
     "PlainAOTInput",
     "PlainAOTOutput",
-    "check_version",
     "code_of",
     "compile_fx",
     "compile_fx_inner",
@@ -53,23 +50,6 @@ __all__ = [
     "requests_weight_gradient",
     "scope_to_backend",
 ]
-
-OLDEST, NEWEST = (2, 11), (2, 15)
-
-
-def check_version(version: str = torch.__version__) -> None:
-    """Raise unless ``version`` is in the supported range.
-
-    Raises:
-        UnsupportedTorchError: The version is older than 2.11, or 2.15 or newer.
-    """
-    major, minor = (int(part) for part in version.split(".")[:2])
-    if not OLDEST <= (major, minor) < NEWEST:
-        raise UnsupportedTorchError(
-            f"gradprune supports torch >= 2.11, < 2.15, but torch {version} is installed: "
-            'pip install "torch>=2.11,<2.15", or look for a newer gradprune'
-        )
-
 
 # --- Dynamo -----------------------------------------------------------------------------------------------------------
 

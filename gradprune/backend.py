@@ -73,7 +73,6 @@ def compile_graph(
     Raises:
         GradpruneError: As the backend does.
     """
-    _torch.check_version()
     backup = copy_graph(gm.graph)
     try:
         captured = capture(gm)

@@ -58,6 +58,8 @@ def explain(fn: Callable[..., Any], *args: Any, **options: Any) -> Report:
         GradpruneError: As the backend does.
     """
     parsed = Options.parse(options)
+    fn = getattr(fn, "_gradprune_original", fn)
+    fn = getattr(fn, "_torchdynamo_orig_callable", fn)
     found: list[Report] = []
 
     def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from torch._dynamo.exc import ShortenTraceback
+try:
+    from torch._dynamo.exc import ShortenTraceback
+except ImportError:  # a torch so old that all there is to raise is UnsupportedTorchError
+    ShortenTraceback = RuntimeError  # type: ignore[assignment, misc]
 
 
 class GradpruneError(RuntimeError):
@@ -24,7 +27,7 @@ class OptionError(CompileError, ValueError):
     """An option, or its value, is unknown."""
 
 
-class UnsupportedTorchError(CompileError, ImportError):
+class UnsupportedTorchError(GradpruneError, ImportError):
     """The installed torch is outside the range that gradprune was checked against."""
 
 
