@@ -5,7 +5,7 @@ step = torch.compile(attack_step, backend="gradprune")
 
 from importlib.metadata import PackageNotFoundError, version
 
-from .version import check_version
+from .torch_version import check_version
 
 check_version()  # before anything imports a private part of torch
 
