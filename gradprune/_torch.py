@@ -1,6 +1,6 @@
 """The private parts of torch that gradprune leans on, in one place.
 
-Read in torch 2.11 and 2.13, run with 2.13. ``gradprune.torch_version.check_version`` refuses what lies outside the supported
+Read in torch 2.11 and 2.13, run with 2.13. ``torch_version.check_version`` refuses what lies outside the supported
 range before this module is imported, because a private function that moved would fail somewhere inside a compilation.
 """
 

@@ -8,8 +8,6 @@ from torch import nn
 
 from .compile import compile as compile_
 
-_HOOK_ATTRIBUTES = tuple(name for name in vars(nn.Module()) if "hook" in name)
-
 
 class AcceleratedModule(nn.Module):
     """A module that computes what another one computes, compiled without weight gradients.
