@@ -7,6 +7,7 @@ range before this module is imported, because a private function that moved woul
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -39,6 +40,7 @@ __all__ = [
     "compile_wrapper_of",
     "compiling_code",
     "compiling_wrapper",
+    "declare_absent_outputs",
     "declare_no_donated_buffers",
     "dynamo_nodes",
     "forget_backend",
@@ -46,6 +48,7 @@ __all__ = [
     "functorch_grad",
     "inductor_config",
     "is_module_state",
+    "leaves",
     "module_state_of_grad",
     "requests_weight_gradient",
     "scope_to_backend",
@@ -61,6 +64,14 @@ def is_module_state(placeholder: fx.Node) -> bool:
     """
     source = getattr(placeholder, "_dynamo_source", None)
     return source is not None and not _is_grad(source) and is_from_unspecialized_nn_module_source(source)
+
+
+def leaves(graph: fx.Graph) -> Iterator[torch.Tensor]:
+    """The tensors behind the placeholders of a Dynamo graph that may have a ``.grad``."""
+    for placeholder in graph.find_nodes(op="placeholder"):
+        example = getattr(placeholder.meta.get("grapharg"), "example", None)
+        if isinstance(example, torch.Tensor) and example.is_leaf:
+            yield example
 
 
 def module_state_of_grad(placeholder: fx.Node) -> Any:
@@ -100,6 +111,7 @@ class _ScopedFlag(int):
     See Note [Scoped Dynamo flags].
     """
 
+    name: str
     backends: list[Callable[..., Any]]
 
     def __bool__(self) -> bool:
@@ -108,10 +120,24 @@ class _ScopedFlag(int):
         translator = _current_translator()
         if translator is None:
             return False
-        return any(function in self.backends for function in _backend_chain(translator.output.compiler_fn))
+        if not any(function in self.backends for function in _backend_chain(translator.output.compiler_fn)):
+            return False
+        return self.name != "trace_autograd_ops" or not _backward_would_be_lost(translator.output)
 
     def __reduce__(self) -> tuple[type[bool], tuple[int]]:
         return (bool, (int(self),))  # Dynamo hashes its configuration by pickling it
+
+
+def _backward_would_be_lost(output: Any) -> bool:
+    """Whether Dynamo would take a ``loss.backward()`` met now for one that does nothing.
+
+    After a graph break between forward and backward the loss is an input of the graph, and the leaves may all lie
+    before it. Finding none, Dynamo (2.13) drops the call; not traced, it breaks the graph once more and runs.
+    """
+    inputs = list(output.input_source_to_var.values())
+    candidates = [*inputs, *getattr(output, "leaf_var_creation_order", ())]
+    has_leaf = any(getattr(var, "requires_grad", False) and not var.has_grad_fn for var in candidates)
+    return not has_leaf and any(getattr(var, "has_grad_fn", False) for var in inputs)
 
 
 TRACED_FLAGS = ("trace_autograd_ops", "allow_rnn")
@@ -130,7 +156,7 @@ def scope_to_backend(flag: str, backend: Callable[..., Any]) -> None:
     current = getattr(dynamo_config, flag)
     if not isinstance(current, _ScopedFlag):
         current = _ScopedFlag(bool(current))
-        current.backends = []
+        current.name, current.backends = flag, []
         setattr(dynamo_config, flag, current)
     current.backends.append(backend)
 
@@ -191,6 +217,22 @@ def declare_no_donated_buffers() -> None:
     context = torch._guards.TracingContext.try_get()
     if context is not None and context.fw_metadata is not None:
         context.fw_metadata.bw_donated_idxs = []
+
+
+def declare_absent_outputs(graph: fx.Graph) -> None:
+    """Say for the graph being compiled which of its outputs are None.
+
+    With symbolic sizes, AOTAutograd's runtime notes on every returned tensor which sizes are dynamic.
+    """
+    context = torch._guards.TracingContext.try_get()
+    output = graph.output_node()
+    descriptors = output.meta.get("desc")
+    if context is None or context.fw_metadata is None or descriptors is None:
+        return
+    for value, descriptor in zip(output.args[0], descriptors, strict=True):  # type: ignore[arg-type]
+        if value is None and isinstance(descriptor, PlainAOTOutput):
+            info = context.fw_metadata.output_info
+            info[descriptor.idx] = dataclasses.replace(info[descriptor.idx], dynamic_dims=None)
 
 
 def requests_weight_gradient(positions: frozenset[int]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import FunctionType
 from typing import Any, TypeVar
 
 import torch
@@ -43,7 +44,8 @@ def explain(fn: Callable[..., Any], *args: Any, **options: Any) -> Report:
     """What gradprune would do to a step or a model, without running or compiling any kernel.
 
     The function is captured and analysed as ``torch.compile`` would; where a compiled graph would run, uninitialised
-    memory of the right shape is returned instead. Arguments are copied, weights and buffers are not written.
+    memory of the right shape is returned instead. Arguments are copied; weights, buffers and their ``.grad`` are left
+    as they are. What the function does in Python, such as appending to a list, is done.
 
     Args:
         fn: An attack step or a model.
@@ -61,8 +63,11 @@ def explain(fn: Callable[..., Any], *args: Any, **options: Any) -> Report:
     fn = getattr(fn, "_gradprune_original", fn)
     fn = getattr(fn, "_torchdynamo_orig_callable", fn)
     found: list[Report] = []
+    gradients: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
 
     def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        for leaf in _torch.leaves(gm.graph):
+            gradients.setdefault(id(leaf), (leaf, leaf.grad))  # what runs after the graph may store another one
         compiled, report = compile_graph(gm, example_inputs, parsed, _pretend)
         found.append(report)
         return compiled
@@ -71,10 +76,12 @@ def explain(fn: Callable[..., Any], *args: Any, **options: Any) -> Report:
         _torch.scope_to_backend(flag, analyse)
     copies = tree_map(_copy_argument, args)
     try:
-        torch.compile(fn, backend=analyse)(*copies)
+        torch.compile(_unseen(fn), backend=analyse)(*copies)
     finally:
         for flag in _torch.TRACED_FLAGS:
             _torch.forget_backend(flag, analyse)
+        for leaf, gradient in gradients.values():
+            leaf.grad = gradient
     with_gradient = [report for report in found if report.takes_gradient]
     if not with_gradient:
         raise NoPerturbationError(
@@ -83,6 +90,19 @@ def explain(fn: Callable[..., Any], *args: Any, **options: Any) -> Report:
             "and an argument of a model has to require grad"
         )
     return max(with_gradient, key=lambda report: sum(report.flops.get("before", {}).values()))
+
+
+def _unseen(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that calls ``fn`` and has a code object of its own.
+
+    Dynamo keeps what it compiled with the code object and allows a few compilations for each, so that explaining a
+    step again and again would reach the limit, and use up what ``torch.compile`` may need.
+    """
+
+    def call(*args: Any) -> Any:
+        return fn(*args)
+
+    return FunctionType(call.__code__.replace(), call.__globals__, closure=call.__closure__)
 
 
 def _copy_argument(argument: Any) -> Any:

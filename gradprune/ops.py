@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch._inductor.lowering import register_lowering
+from torch._inductor.lowering import lowerings, register_lowering, to_dtype
 
 _library = torch.library.Library("gradprune", "DEF")
+
+
+# --- realize ----------------------------------------------------------------------------------------------------------
 
 _library.define("realize(Tensor value) -> Tensor")
 torch.library.impl(_library, "realize", "CompositeExplicitAutograd")(torch.clone)
@@ -26,3 +29,32 @@ those of a graph that Inductor converts to channels-last, and cost a kernel of i
 def _lower_realize(value: Any) -> Any:
     value.realize()
     return value
+
+
+# --- unpack_mask ------------------------------------------------------------------------------------------------------
+
+_library.define("unpack_mask(Tensor packed, Tensor gradient) -> Tensor")
+
+
+@torch.library.impl(_library, "unpack_mask", "CompositeExplicitAutograd")
+def _unpack_mask(packed: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    return packed != 0
+
+
+@torch.library.register_fake("gradprune::unpack_mask", lib=_library)
+def _fake_unpack_mask(packed: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(packed, dtype=torch.bool)
+
+
+unpack_mask = torch.ops.gradprune.unpack_mask.default
+"""``unpack_mask(packed, gradient)``: where ``packed`` is not zero.
+
+``gradient`` is not read. It makes the operator part of the backward pass, so that a partitioner can only choose to save
+the packed mask, not the boolean one.
+"""
+
+
+@register_lowering(unpack_mask, type_promotion_kind=None)
+def _lower_unpack_mask(packed: Any, gradient: Any) -> Any:
+    # Compared as float, for the reason given in Note [Masks on a CPU] in passes/early_masks.py.
+    return lowerings[torch.ops.aten.ne.Scalar](to_dtype(packed, torch.float32), 0)

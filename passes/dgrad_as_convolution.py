@@ -7,7 +7,8 @@ becomes
 
 ``convolution_backward`` keeps the saved input %x as an operand even when only the input gradient is asked for; the
 convolution does not, and this is what frees activation memory. The input gradient of a transposed convolution is a
-plain one. Legal when the output padding that restores the input's size lies in [0, max(stride, dilation)), which torch
+plain one, legal when its output padding is below the stride: more of it would make rows that the input does not have.
+Legal otherwise when the output padding that restores the input's size lies in [0, max(stride, dilation)), which torch
 demands of a transposed convolution; with symbolic sizes, when that padding is a known integer all the same. Does not
 touch a convolution whose weight gradient is used. Reorders float: another algorithm may add up in another order.
 """
@@ -71,6 +72,9 @@ def _convolution_arguments(node: fx.Node) -> tuple[Any, ...] | str:
     rank = len(kernel)
     stride, padding, dilation = (_per_dimension(v, rank) for v in (stride, padding, dilation))
     if transposed:
+        for k, extra in enumerate(_per_dimension(output_padding, rank)):
+            if extra >= stride[k]:
+                return f"dimension {k} has an output padding of {extra}, which is not below the stride"
         return (grad_output, weight, None, stride, padding, dilation, False, [0] * rank, groups)
     output_padding = []
     for k in range(rank):

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
+from ..errors import PassError
 from ..step_graph import StepGraph
 from .base import Pass, PassResult, Tier
 from .dgrad_as_convolution import DgradAsConvolution
@@ -75,14 +76,17 @@ def run_passes(
         observe: Called after every pass, while the graph is as that pass left it.
 
     Raises:
-        PassError: With ``verify``, a pass left an invalid graph.
+        PassError: A pass failed or, with ``verify``, left an invalid graph.
     """
     verifier = Verifier(step_graph) if verify else None
     records = []
     for step in passes:
         ops_before = count_ops(step_graph)
         start = time.perf_counter()
-        result = step.run(step_graph)
+        try:
+            result = step.run(step_graph)
+        except Exception as error:
+            raise PassError(f"pass {step.name!r} failed: {error!r}") from error
         seconds = time.perf_counter() - start
         records.append(PassRecord(step.name, step.tier, seconds, ops_before, count_ops(step_graph), result))
         if verifier is not None:

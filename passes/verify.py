@@ -108,9 +108,13 @@ def _no_mutation_but_trailing_copies(step_graph: StepGraph) -> None:
     for node in step_graph.calls():
         target = node.target
         if isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable:
-            copies_input = target is torch.ops.aten.copy_.default and node.args[0] in step_graph.inputs
-            if not copies_input:
-                raise _Invalid("a mutating operator that writes no input", node)
+            written = node.args[0]
+            if target is not torch.ops.aten.copy_.default or written not in step_graph.inputs:
+                raise _Invalid("a mutating operator that is no copy to an input", node)
+            assert isinstance(written, fx.Node)
+            for user in written.users:
+                if user > node and user.op == "call_function":
+                    raise _Invalid(f"it reads {written.name}, which {node.name} has overwritten", user)
 
 
 def _no_read_of_a_masked_output(step_graph: StepGraph) -> None:
@@ -136,8 +140,11 @@ def _shapes_agree(step_graph: StepGraph) -> None:
         mode = getattr(expected, "fake_mode", None)
         if not isinstance(mode, FakeTensorMode):
             continue
-        with mode, torch.no_grad():
-            actual = node.target(*args, **kwargs)
+        try:
+            with mode, torch.no_grad():
+                actual = node.target(*args, **kwargs)
+        except Exception as error:
+            raise _Invalid(f"the operator does not accept its operands: {error}", node) from error
         if not isinstance(actual, torch.Tensor):
             continue
         if tuple(actual.shape) != tuple(expected.shape) or actual.dtype != expected.dtype:

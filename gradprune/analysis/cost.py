@@ -21,6 +21,12 @@ from .regions import backward_nodes, weight_gradient_nodes, weight_only_nodes
 
 aten = torch.ops.aten
 
+_SAME_FORMULA = {
+    aten._scaled_dot_product_flash_attention_for_cpu: aten._scaled_dot_product_flash_attention,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: aten._scaled_dot_product_flash_attention_backward,
+}
+"""Operators that torch has no formula for, and those that do the same."""
+
 FLOP_CLASSES = ("forward", "input_grad", "weight_grad", "other")
 
 
@@ -61,11 +67,12 @@ def node_flops(node: fx.Node) -> int:
         return convolution_flops(node)
     if not isinstance(node.target, torch._ops.OpOverload):
         return 0
-    formula: Callable[..., Any] | None = flop_registry.get(node.target.overloadpacket)
+    packet = node.target.overloadpacket
+    formula: Callable[..., Any] | None = flop_registry.get(_SAME_FORMULA.get(packet, packet))
     if formula is None:
         return 0
     args, kwargs = tree_map(_value, (node.args, node.kwargs))
-    return int(formula(*args, **kwargs, out_val=node.meta["val"]))
+    return int(formula(*args, **kwargs, out_val=tree_map(_shape, node.meta["val"])))
 
 
 def convolution_flops(node: fx.Node) -> int:
@@ -79,10 +86,21 @@ def convolution_flops(node: fx.Node) -> int:
     values = [tensor_of(n) for n in (narrow, weight, batch)]  # type: ignore[arg-type]
     if any(value is None for value in values):
         return 0
-    narrow_shape, weight_shape, batch_shape = (value.shape for value in values)  # type: ignore[union-attr]
+    narrow_shape, weight_shape, batch_shape = (_shape(value) for value in values)
     # Every weight is used once at each position of the smaller of the two maps.
     return int(2 * batch_shape[0] * math.prod(narrow_shape[2:]) * math.prod(weight_shape))
 
 
 def _value(argument: Any) -> Any:
-    return argument.meta.get("val") if isinstance(argument, fx.Node) else argument
+    return tree_map(_shape, argument.meta.get("val")) if isinstance(argument, fx.Node) else argument
+
+
+def _shape(value: Any) -> Any:
+    """Shape of a tensor, anything else as it is.
+
+    A symbolic size counts as what it is in the example at hand. ``int(size)`` would say so too, and would have the
+    graph recompiled for every other size.
+    """
+    if not isinstance(value, torch.Tensor):
+        return value
+    return torch.Size([size if isinstance(size, int) else int(size.node.hint or 0) for size in value.shape])
