@@ -41,6 +41,7 @@ __all__ = [
     "compiling_code",
     "compiling_wrapper",
     "declare_absent_outputs",
+    "declare_missing_outputs",
     "declare_no_donated_buffers",
     "dynamo_nodes",
     "forget_backend",
@@ -52,6 +53,7 @@ __all__ = [
     "module_state_of_grad",
     "requests_weight_gradient",
     "scope_to_backend",
+    "size_hint",
 ]
 
 # --- Dynamo -----------------------------------------------------------------------------------------------------------
@@ -233,6 +235,29 @@ def declare_absent_outputs(graph: fx.Graph) -> None:
         if value is None and isinstance(descriptor, PlainAOTOutput):
             info = context.fw_metadata.output_info
             info[descriptor.idx] = dataclasses.replace(info[descriptor.idx], dynamic_dims=None)
+
+
+def declare_missing_outputs(graph: fx.Graph) -> None:
+    """Say for the inference graph being compiled which outputs are None, so that torch does not annotate them.
+
+    When batch sizes vary, the runtime marks outputs with a dynamic size, and expects a tensor wherever there was one
+    when the graph was traced.
+    """
+    context = torch._guards.TracingContext.try_get()
+    if context is None or context.fw_metadata is None:
+        return
+    output = graph.output_node()
+    info = context.fw_metadata.output_info
+    for value, descriptor in zip(output.args[0], output.meta.get("desc") or (), strict=False):  # type: ignore[arg-type]
+        if value is None and isinstance(descriptor, PlainAOTOutput):
+            info[descriptor.idx] = dataclasses.replace(info[descriptor.idx], dynamic_dims=None)
+
+
+def size_hint(size: Any) -> int:
+    """An integer for a size that may be symbolic, without guarding on it; 0 if nothing is known about it."""
+    if isinstance(size, torch.SymInt):
+        return int(size.node.hint) if size.node.has_hint() else 0
+    return int(size)
 
 
 def requests_weight_gradient(positions: frozenset[int]) -> bool:

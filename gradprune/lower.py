@@ -222,6 +222,7 @@ def _compile_graph(
 ) -> Callback:
     """Compile one ATen graph: the step, or the forward or backward part of a model."""
     if kwargs.get("is_inference"):
+        _torch.declare_absent_outputs(gm.graph)
         with _torch.inductor_config.patch({**_layout_settings(gm.graph), **options.inductor_settings}):
             return inner_compile(gm, inputs, **kwargs)  # type: ignore[no-any-return]
     compiled: Callback

@@ -41,7 +41,7 @@ def _unpack_mask(packed: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
     return packed != 0
 
 
-@torch.library.register_fake("gradprune::unpack_mask", lib=_library)
+@torch.library.register_fake("gradprune::unpack_mask", lib=_library)  # type: ignore[untyped-decorator]
 def _fake_unpack_mask(packed: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(packed, dtype=torch.bool)
 

@@ -11,9 +11,9 @@ element lives instead. In the model form torch's partitioner makes that choice; 
 are stored, and only on a CPU. Legal for pointwise operators with a boolean result whose operands the forward pass has
 computed. Does nothing where the backward pass reads the activation anyway. Exact.
 
-Note [Masks on a CPU]: Inductor's C++ code stores and loads booleans element by element even in vectorised loops; writing
-a mask beside a ReLU takes 10 ms where the ReLU alone takes 0.3 (0.8 M elements, AVX-512, torch 2.13), reading it back
-3.4 ms instead of 0.35. Conversions between float and uint8 are vectorised: 0.48 and 0.45 ms. On a GPU booleans are fine.
+Note [Masks on a CPU]: Inductor's C++ code stores and loads booleans one by one even in vectorised loops: writing
+a mask beside a ReLU takes 10 ms where the ReLU alone takes 0.3, reading it back 3.4 ms instead of 0.35 (0.8 M elements,
+AVX-512, torch 2.13). Conversions between float and uint8 are vectorised: 0.48 and 0.45 ms. On a GPU booleans are fine.
 """
 
 from __future__ import annotations
@@ -92,7 +92,6 @@ def _without_aliases(node: fx.Node) -> fx.Node:
 def _move_to_forward(step_graph: StepGraph) -> set[fx.Node]:
     """Move masks of the backward pass to where their operands are computed; returns the moved nodes."""
     backward = backward_nodes(step_graph)
-    order = {node: index for index, node in enumerate(step_graph.graph.nodes)}
     moved: set[fx.Node] = set()
     for node in list(step_graph.calls()):
         if node not in backward or not _is_mask(node):
@@ -102,9 +101,7 @@ def _move_to_forward(step_graph: StepGraph) -> set[fx.Node]:
             continue
         for alias in list(node.all_input_nodes):
             node.replace_input_with(alias, _without_aliases(alias))
-        latest = max(node.all_input_nodes, key=order.__getitem__)
-        latest.append(node)
-        order[node] = order[latest]
+        max(node.all_input_nodes).append(node)  # nodes compare by their place in the graph
         backward.discard(node)
         del node.meta[BACKWARD]
         moved.add(node)
@@ -113,6 +110,8 @@ def _move_to_forward(step_graph: StepGraph) -> set[fx.Node]:
 
 def _is_read(operand: fx.Node, mask: fx.Node, backward: set[fx.Node]) -> bool:
     """Whether the backward pass reads ``operand`` for something else than masks, so that it stays alive anyway."""
+    if _is_mask(operand):
+        return False  # stored for its other readers, but not as the boolean that a mask of masks is computed from
     for user in operand.users:
         if user.target is aten.alias.default:
             if _is_read(user, mask, backward):

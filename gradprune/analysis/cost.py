@@ -16,6 +16,7 @@ from torch import fx
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import flop_registry
 
+from .._torch import size_hint
 from ..step_graph import StepGraph, tensor_of
 from .regions import backward_nodes, weight_gradient_nodes, weight_only_nodes
 
@@ -72,7 +73,7 @@ def node_flops(node: fx.Node) -> int:
     if formula is None:
         return 0
     args, kwargs = tree_map(_value, (node.args, node.kwargs))
-    return int(formula(*args, **kwargs, out_val=tree_map(_shape, node.meta["val"])))
+    return size_hint(formula(*args, **kwargs, out_val=tree_map(_shape, node.meta["val"])))
 
 
 def convolution_flops(node: fx.Node) -> int:
@@ -88,7 +89,7 @@ def convolution_flops(node: fx.Node) -> int:
         return 0
     narrow_shape, weight_shape, batch_shape = (_shape(value) for value in values)
     # Every weight is used once at each position of the smaller of the two maps.
-    return int(2 * batch_shape[0] * math.prod(narrow_shape[2:]) * math.prod(weight_shape))
+    return size_hint(2 * batch_shape[0] * math.prod(narrow_shape[2:]) * math.prod(weight_shape))
 
 
 def _value(argument: Any) -> Any:

@@ -12,18 +12,19 @@ from collections.abc import Iterable
 import torch
 from torch import fx
 
+from .._torch import size_hint
 from ..step_graph import StepGraph
 from .regions import backward_nodes, weight_only_nodes
 
 
 def tensor_bytes(value: object) -> int:
-    """Bytes of a tensor's elements, 0 for anything else and for symbolic sizes."""
-    if not isinstance(value, torch.Tensor) or not isinstance(value.numel(), int):
+    """Bytes of a tensor's elements, 0 for anything else."""
+    if not isinstance(value, torch.Tensor):
         return 0
     # An expanded tensor holds one element for each of its expanded dimensions.
     elements = 1
     for size, stride in zip(value.shape, value.stride(), strict=True):
-        elements *= 1 if stride == 0 else int(size)
+        elements *= 1 if size_hint(stride) == 0 else size_hint(size)
     return elements * value.element_size()
 
 
