@@ -41,7 +41,6 @@ __all__ = [
     "compiling_code",
     "compiling_wrapper",
     "declare_absent_outputs",
-    "declare_missing_outputs",
     "declare_no_donated_buffers",
     "dynamo_nodes",
     "forget_backend",
@@ -224,7 +223,8 @@ def declare_no_donated_buffers() -> None:
 def declare_absent_outputs(graph: fx.Graph) -> None:
     """Say for the graph being compiled which of its outputs are None.
 
-    With symbolic sizes, AOTAutograd's runtime notes on every returned tensor which sizes are dynamic.
+    With symbolic sizes, AOTAutograd's runtime notes on every output which of its sizes are dynamic, and expects a tensor
+    wherever there was one when the graph was traced.
     """
     context = torch._guards.TracingContext.try_get()
     output = graph.output_node()
@@ -234,22 +234,6 @@ def declare_absent_outputs(graph: fx.Graph) -> None:
     for value, descriptor in zip(output.args[0], descriptors, strict=True):  # type: ignore[arg-type]
         if value is None and isinstance(descriptor, PlainAOTOutput):
             info = context.fw_metadata.output_info
-            info[descriptor.idx] = dataclasses.replace(info[descriptor.idx], dynamic_dims=None)
-
-
-def declare_missing_outputs(graph: fx.Graph) -> None:
-    """Say for the inference graph being compiled which outputs are None, so that torch does not annotate them.
-
-    When batch sizes vary, the runtime marks outputs with a dynamic size, and expects a tensor wherever there was one
-    when the graph was traced.
-    """
-    context = torch._guards.TracingContext.try_get()
-    if context is None or context.fw_metadata is None:
-        return
-    output = graph.output_node()
-    info = context.fw_metadata.output_info
-    for value, descriptor in zip(output.args[0], output.meta.get("desc") or (), strict=False):  # type: ignore[arg-type]
-        if value is None and isinstance(descriptor, PlainAOTOutput):
             info[descriptor.idx] = dataclasses.replace(info[descriptor.idx], dynamic_dims=None)
 
 

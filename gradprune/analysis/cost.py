@@ -73,7 +73,7 @@ def node_flops(node: fx.Node) -> int:
     if formula is None:
         return 0
     args, kwargs = tree_map(_value, (node.args, node.kwargs))
-    return size_hint(formula(*args, **kwargs, out_val=tree_map(_shape, node.meta["val"])))
+    return int(formula(*args, **kwargs, out_val=tree_map(_shape, node.meta["val"])))
 
 
 def convolution_flops(node: fx.Node) -> int:
@@ -89,7 +89,7 @@ def convolution_flops(node: fx.Node) -> int:
         return 0
     narrow_shape, weight_shape, batch_shape = (_shape(value) for value in values)
     # Every weight is used once at each position of the smaller of the two maps.
-    return size_hint(2 * batch_shape[0] * math.prod(narrow_shape[2:]) * math.prod(weight_shape))
+    return int(2 * batch_shape[0] * math.prod(narrow_shape[2:]) * math.prod(weight_shape))
 
 
 def _value(argument: Any) -> Any:
@@ -104,4 +104,4 @@ def _shape(value: Any) -> Any:
     """
     if not isinstance(value, torch.Tensor):
         return value
-    return torch.Size([size if isinstance(size, int) else int(size.node.hint or 0) for size in value.shape])
+    return torch.Size([size_hint(size) for size in value.shape])
