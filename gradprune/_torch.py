@@ -223,8 +223,8 @@ def declare_no_donated_buffers() -> None:
 def declare_absent_outputs(graph: fx.Graph) -> None:
     """Say for the graph being compiled which of its outputs are None.
 
-    With symbolic sizes, AOTAutograd's runtime notes on every output which of its sizes are dynamic, and expects a tensor
-    wherever there was one when the graph was traced.
+    With symbolic sizes, AOTAutograd notes at run time on every output which of its sizes are dynamic, and expects a
+    tensor wherever there was one when the graph was traced.
     """
     context = torch._guards.TracingContext.try_get()
     output = graph.output_node()

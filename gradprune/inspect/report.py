@@ -109,17 +109,19 @@ class Report:
         if self.fallback is not None:
             lines.append(f"  compiled as captured: {self.fallback}")
         if "after" in self.ops:
+            total = {when: sum(classes.values()) for when, classes in self.flops.items()}
             lines.append(f"  {'':<24}{'before':>14}{'after':>14}")
-            lines.append(_row("operators", self.ops, "{:,.0f}"))
+            lines.append(_row("operators", self.ops, 1, 0))
+            unit, prefix = _unit(max(total.values()))
             for name in FLOP_CLASSES:
-                of_class = {when: classes[name] / 1e9 for when, classes in self.flops.items()}
+                of_class = {when: classes[name] for when, classes in self.flops.items()}
                 if any(of_class.values()):
-                    lines.append(_row(f"GFLOP {name.replace('_', ' ')}", of_class, "{:,.3f}"))
-            total = {when: sum(classes.values()) / 1e9 for when, classes in self.flops.items()}
+                    lines.append(_row(f"{prefix}FLOP {name.replace('_', ' ')}", of_class, unit, 2))
             ratio = f"{total['before'] / total['after']:.2f}x" if total["after"] else ""
-            lines.append(_row("GFLOP total", total, "{:,.3f}", ratio))
-            for label, size in (("MB saved for backward", self.saved_bytes), ("MB peak, unfused", self.peak_bytes)):
-                lines.append(_row(label, {when: value / 1e6 for when, value in size.items()}, "{:,.1f}"))
+            lines.append(_row(f"{prefix}FLOP total", total, unit, 2, ratio))
+            for label, size in (("B saved for backward", self.saved_bytes), ("B peak, unfused", self.peak_bytes)):
+                unit, prefix = _unit(max(size.values()))
+                lines.append(_row(prefix + label, size, unit, 1))
         for label, changes in (("removed", self.removed), ("narrowed", self.narrowed)):
             if changes:
                 counts = Counter(change.operator for change in changes).most_common(6)
@@ -132,6 +134,13 @@ class Report:
         return "\n".join(lines)
 
 
-def _row(label: str, values: Mapping[str, float], form: str, note: str = "") -> str:
-    before, after = form.format(values["before"]), form.format(values["after"])
+def _unit(largest: float) -> tuple[float, str]:
+    """The largest decimal unit that keeps ``largest`` at or above one, and its prefix."""
+    return next(
+        ((unit, prefix) for unit, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M")) if largest >= unit), (1e3, "k")
+    )
+
+
+def _row(label: str, values: Mapping[str, float], unit: float, digits: int, note: str = "") -> str:
+    before, after = (f"{values[when] / unit:,.{digits}f}" for when in ("before", "after"))
     return f"  {label:<24}{before:>14}{after:>14}  {note}".rstrip()
