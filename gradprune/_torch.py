@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -125,8 +125,11 @@ class _ScopedFlag(int):
             return False
         return self.name != "trace_autograd_ops" or not _backward_would_be_lost(translator.output)
 
+    def __repr__(self) -> str:
+        return repr(bool(int(self)))  # Dynamo hashes the text of its configuration
+
     def __reduce__(self) -> tuple[type[bool], tuple[int]]:
-        return (bool, (int(self),))  # Dynamo hashes its configuration by pickling it
+        return (bool, (int(self),))  # and saves it by pickling
 
 
 def _backward_would_be_lost(output: Any) -> bool:
@@ -244,26 +247,28 @@ def size_hint(size: Any) -> int:
     return int(size)
 
 
-def requests_weight_gradient(positions: frozenset[int]) -> bool:
+def requests_weight_gradient(weights: Sequence[bool]) -> bool:
     """Whether the running backward pass was asked explicitly for the gradient of one of the current node's inputs.
 
     To be called while autograd executes the node. ``loss.backward()`` runs every node and asks for nothing in
     particular; ``autograd.grad(loss, weight)`` and ``loss.backward(inputs=[weight])`` name what they want.
 
     Args:
-        positions: Which inputs of the node hold weights.
+        weights: For every tensor the node was applied to, whether it is a weight.
     """
-    node = torch._C._current_autograd_node()
+    functions = [function for function, _ in torch._C._current_autograd_node().next_functions]
+    if len(functions) != len(weights):
+        return False  # torch wrapped the inputs, and which is which is unknown
     asked, everything = False, True
-    for position, (function, _) in enumerate(node.next_functions):
+    for function, is_weight in zip(functions, weights, strict=True):
         if function is None:
             continue
         try:
             runs = torch._C._will_engine_execute_node(function)
         except RuntimeError:  # torch's answer for a leaf that autograd.grad captures
-            if position in positions:
+            if is_weight:
                 return True
             runs = False
         everything = everything and runs
-        asked = asked or (runs and position in positions)
+        asked = asked or (runs and is_weight)
     return asked and not everything

@@ -42,9 +42,9 @@ class Capture:
     training_only: bool = False
 
     @property
-    def weight_positions(self) -> frozenset[int]:
-        """Positions of the inputs that hold weights."""
-        return frozenset(i for i, role in enumerate(self.inputs) if role is InputRole.WEIGHT)
+    def tensor_inputs(self) -> list[InputRole]:
+        """Roles of the inputs that are tensors."""
+        return [role for role in self.inputs if role is not InputRole.SIZE]
 
 
 def capture(gm: fx.GraphModule) -> Capture:
@@ -73,16 +73,21 @@ def _graph_outputs(graph: fx.Graph) -> list[Any]:
     return list(graph.output_node().args[0])  # type: ignore[arg-type]
 
 
+def _input_role(placeholder: fx.Node, *, is_perturbation: bool) -> InputRole:
+    if is_module_state(placeholder):
+        return InputRole.WEIGHT
+    if not isinstance(placeholder.meta.get("example_value"), torch.Tensor):
+        return InputRole.SIZE
+    return InputRole.PERTURBATION if is_perturbation else InputRole.DATA
+
+
 # --- Model form -------------------------------------------------------------------------------------------------------
 
 
 def _prepare_model(gm: fx.GraphModule) -> Capture:
     roles = []
     for node in _placeholders(gm.graph):
-        if is_module_state(node):
-            roles.append(InputRole.WEIGHT)
-        else:
-            roles.append(InputRole.PERTURBATION if _requires_grad(node) else InputRole.DATA)
+        roles.append(_input_role(node, is_perturbation=_requires_grad(node)))
     outputs = _graph_outputs(gm.graph)
     prepared = Capture("model", roles, visible_outputs=len(outputs))
     if InputRole.PERTURBATION not in roles and any(_requires_grad(value) for value in outputs):
@@ -135,10 +140,7 @@ def _prepare_step(gm: fx.GraphModule, calls: list[fx.Node]) -> Capture:
         raise TrainingStepError(_training_message(calls))
     roles = []
     for node in placeholders:
-        if node in weights:
-            roles.append(InputRole.WEIGHT)
-        else:
-            roles.append(InputRole.PERTURBATION if node in differentiated else InputRole.DATA)
+        roles.append(_input_role(node, is_perturbation=node in differentiated))
     names = frozenset(call.name for call in calls)
     prepared = Capture("step", roles, gradient_calls=names, visible_outputs=len(_graph_outputs(graph)))
     _mark_explicit_weight_gradients(graph, calls, weights, prepared)

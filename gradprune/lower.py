@@ -228,7 +228,7 @@ def _compile_graph(
     compiled: Callback
     if kwargs.get("is_backward"):
         compiled = inner_compile(gm, inputs, **kwargs)
-        return _refuse_weight_gradients(compiled, capture.weight_positions)
+        return _refuse_weight_gradients(compiled, [role is InputRole.WEIGHT for role in capture.tensor_inputs])
     report.measure_saved(gm.graph)
     _torch.declare_no_donated_buffers()
     compiled = inner_compile(gm, inputs, **kwargs)
@@ -300,7 +300,7 @@ class _NoWeightGradient(torch.autograd.Function):
         )
 
 
-def _refuse_weight_gradients(compiled: Callback, weights: frozenset[int]) -> Callback:
+def _refuse_weight_gradients(compiled: Callback, weights: list[bool]) -> Callback:
     """A compiled backward pass that raises when a weight gradient is asked for."""
 
     def backward(args: list[Any]) -> Any:

@@ -22,6 +22,8 @@ class InputRole(enum.Enum):
     """A tensor whose gradient the attack takes."""
     DATA = "data"
     """Anything else: clean images, labels, step sizes."""
+    SIZE = "size"
+    """No tensor but a number that varies from call to call, such as the batch size."""
     TANGENT = "tangent"
     """Gradient that flows into the joint graph of the model form from outside."""
 
