@@ -1,0 +1,188 @@
+"""What tests share: attack steps, measures of error and cost, and a compiler that is cheap to wait for."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import gradprune.backend
+
+# --- Attack steps -----------------------------------------------------------------------------------------------------
+
+EPS, STEP_SIZE = 0.03, 0.01
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+class Step(Protocol):
+    """One step of an attack: returns the next iterate and the gradient."""
+
+    def __call__(self, x_adv: Tensor, x: Tensor, y: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+def update(x_adv: Tensor, x: Tensor, grad: Tensor) -> Tensor:
+    """A signed step, projected to the ball around ``x``."""
+    return x + (x_adv + STEP_SIZE * grad.sign() - x).clamp(-EPS, EPS)
+
+
+def step_by_autograd_grad(model: nn.Module, loss: Loss) -> Step:
+    """A step that takes the gradient by ``torch.autograd.grad``."""
+
+    def step(x_adv: Tensor, x: Tensor, y: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
+        x_adv = x_adv.detach().requires_grad_(True)
+        (grad,) = torch.autograd.grad(loss(model(x_adv, *context), y), x_adv)
+        return update(x_adv.detach(), x, grad), grad
+
+    return step
+
+
+def step_by_backward(model: nn.Module, loss: Loss) -> Step:
+    """A step that takes the gradient by ``loss.backward()``."""
+
+    def step(x_adv: Tensor, x: Tensor, y: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
+        x_adv = x_adv.detach().requires_grad_(True)
+        loss(model(x_adv, *context), y).backward()
+        grad = x_adv.grad
+        assert grad is not None
+        return update(x_adv.detach(), x, grad), grad
+
+    return step
+
+
+def step_by_func_grad(model: nn.Module, loss: Loss) -> Step:
+    """A step that takes the gradient by ``torch.func.grad``."""
+
+    def step(x_adv: Tensor, x: Tensor, y: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
+        grad = torch.func.grad(lambda x_adv: loss(model(x_adv, *context), y))(x_adv)
+        return update(x_adv, x, grad), grad
+
+    return step
+
+
+# --- Compilation ------------------------------------------------------------------------------------------------------
+
+
+def interpret(gm: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Callable[..., Any]:
+    """An inner compiler that runs the graph as it is, operator by operator.
+
+    Kernels may choose other strides than the trace has, so views become reshapes, as they do in Inductor.
+    """
+    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
+        node.target = torch.ops.aten.reshape.default
+    gm.recompile()
+
+    def run(args: list[Any]) -> Any:
+        values = list(args)
+        args.clear()
+        return gm.forward(*values)
+
+    run._boxed_call = True  # type: ignore[attr-defined]
+    return run
+
+
+@contextlib.contextmanager
+def interpreted() -> Iterator[None]:
+    """Within it, graphs go through all of gradprune and are then run as they are instead of compiled by Inductor."""
+    original = gradprune.backend.compile_graph
+    gradprune.backend.compile_graph = functools.partial(original, inner_compile=interpret)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        gradprune.backend.compile_graph = original
+
+
+# --- Measures ---------------------------------------------------------------------------------------------------------
+
+
+def relative_error(a: Tensor, reference: Tensor) -> float:
+    """Largest deviation from ``reference``, relative to its largest element, in float64."""
+    assert a.shape == reference.shape
+    a, reference = a.detach().double(), reference.detach().double()
+    return float((a - reference).abs().max() / reference.abs().max())
+
+
+def eager_flops(function: Callable[..., Any], *args: Any) -> int:
+    """FLOPs of the contractions that a call runs, counted by torch while it runs."""
+    counter = FlopCounterMode(display=False)
+    with counter:
+        function(*args)
+    return int(counter.get_total_flops())
+
+
+@dataclass
+class ModelState:
+    """All that an attack must leave as it is in a model. Gradients are compared by identity and by value."""
+
+    tensors: dict[str, Tensor]
+    values: dict[str, Tensor]
+    grads: dict[str, Tensor | None]
+    grad_values: dict[str, Tensor | None]
+    requires_grad: dict[str, bool]
+    training: dict[str, bool]
+
+    @staticmethod
+    def of(model: nn.Module) -> ModelState:
+        """The state a model is in now."""
+        tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        return ModelState(
+            tensors,
+            {name: tensor.detach().clone() for name, tensor in tensors.items()},
+            {name: tensor.grad for name, tensor in tensors.items()},
+            {name: None if tensor.grad is None else tensor.grad.clone() for name, tensor in tensors.items()},
+            {name: tensor.requires_grad for name, tensor in tensors.items()},
+            {name: module.training for name, module in model.named_modules()},
+        )
+
+    def assert_untouched(self, model: nn.Module, written: Sequence[str] = ()) -> None:
+        """Assert that a model is still in this state.
+
+        Args:
+            model: The model.
+            written: Names of buffers whose values may differ.
+        """
+        now = ModelState.of(model)
+        assert self.tensors.keys() == now.tensors.keys()
+        for name, tensor in self.tensors.items():
+            assert now.tensors[name] is tensor, f"{name} is another tensor"
+            assert name in written or torch.equal(now.values[name], self.values[name]), f"{name} was written"
+            assert now.grads[name] is self.grads[name], f"{name}.grad is another tensor"
+            before, after = self.grad_values[name], now.grad_values[name]
+            assert before is after or (before is not None and after is not None and torch.equal(before, after)), (
+                f"{name}.grad was written"
+            )
+        assert now.requires_grad == self.requires_grad
+        assert now.training == self.training
+
+
+# --- Packages that tests borrow networks from -------------------------------------------------------------------------
+
+
+def torchvision_shim() -> None:
+    """Make torchvision importable where its compiled operators cannot be loaded, for the sake of timm.
+
+    A torchvision that was built for another torch, or for CUDA, fails at import because its operators do not exist.
+    The networks use none of them: schemas without kernels are enough.
+    """
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError:
+        for name in ("nms", "qnms"):
+            if not hasattr(torch.ops.torchvision, name):
+                schema = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+                torch.library.define(f"torchvision::{name}", schema)
+
+
+def timm_model(name: str, **options: Any) -> nn.Module:
+    """A network of timm without pretrained weights, in evaluation mode."""
+    torchvision_shim()
+    import timm
+
+    model: nn.Module = timm.create_model(name, **options)
+    return model.eval()
