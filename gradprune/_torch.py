@@ -44,6 +44,7 @@ __all__ = [
     "declare_no_donated_buffers",
     "dynamo_nodes",
     "forget_backend",
+    "forget_sources_of_constants",
     "functorch_config",
     "functorch_grad",
     "inductor_config",
@@ -142,6 +143,20 @@ def _backward_would_be_lost(output: Any) -> bool:
     candidates = [*inputs, *getattr(output, "leaf_var_creation_order", ())]
     has_leaf = any(getattr(var, "requires_grad", False) and not var.has_grad_fn for var in candidates)
     return not has_leaf and any(getattr(var, "has_grad_fn", False) for var in inputs)
+
+
+def forget_sources_of_constants() -> None:
+    """Undo what Dynamo (2.13) does to constants that all of its frames share.
+
+    Reading a ``.grad`` that the traced code has set to None notes where it was read on *the* constant None. A later,
+    unrelated frame that has to write a None, as one that breaks after ``requires_grad_()`` does, would then look there.
+    """
+    from torch._dynamo.variables import constant
+
+    for name in ("CONSTANT_VARIABLE_NONE", "CONSTANT_VARIABLE_TRUE", "CONSTANT_VARIABLE_FALSE"):
+        shared = getattr(constant, name, None)
+        if shared is not None:
+            shared.source = None
 
 
 TRACED_FLAGS = ("trace_autograd_ops", "allow_rnn")

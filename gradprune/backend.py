@@ -73,6 +73,7 @@ def compile_graph(
     Raises:
         GradpruneError: As the backend does.
     """
+    _torch.forget_sources_of_constants()
     backup = copy_graph(gm.graph)
     try:
         captured = capture(gm)

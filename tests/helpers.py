@@ -10,7 +10,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
 
 import gradprune.backend
 
@@ -108,12 +109,53 @@ def relative_error(a: Tensor, reference: Tensor) -> float:
     return float((a - reference).abs().max() / reference.abs().max())
 
 
+ATTENTION_ON_CPU: dict[Any, Callable[..., int]] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
+}
+"""Operators that torch's counter does not know."""
+
+
 def eager_flops(function: Callable[..., Any], *args: Any) -> int:
     """FLOPs of the contractions that a call runs, counted by torch while it runs."""
-    counter = FlopCounterMode(display=False)
+    counter = FlopCounterMode(display=False, custom_mapping=ATTENTION_ON_CPU)
     with counter:
         function(*args)
     return int(counter.get_total_flops())
+
+
+def eager_saved_bytes(model: nn.Module, x: Tensor) -> int:
+    """Bytes that eager autograd keeps from the forward pass of an attack to its backward pass.
+
+    Storages are counted once however many tensors share them. What the caller owns is not counted: parameters, buffers
+    and the input.
+    """
+    x = x.detach().clone().requires_grad_(True)
+    owned = {tensor.untyped_storage().data_ptr() for tensor in (x, *model.parameters(), *model.buffers())}
+    saved: dict[int, Tensor] = {}  # holds on to the tensors, lest an address be used twice
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(x)
+    return sum(tensor.untyped_storage().nbytes() for address, tensor in saved.items() if address not in owned)
+
+
+def peak_allocated_bytes(function: Callable[..., Any], *args: Any) -> int:
+    """Largest number of bytes that a call holds allocated at once beyond what was allocated before, on the CPU."""
+    function(*args)  # compiles
+    function(*args)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = function(*args)
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    del result  # kept until here so that its release is not among the events
+    return peak
 
 
 @dataclass
