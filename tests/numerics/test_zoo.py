@@ -7,7 +7,6 @@ float32 is no reference, since it is wrong by as much. With the inputs of the zo
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +24,7 @@ from helpers import (
     step_by_func_grad,
     update,
 )
-from torch import Tensor, nn
+from torch import nn
 from zoo import ZOO, Network
 
 import gradprune

@@ -92,6 +92,16 @@ def test_callers(caller: Callable[[Model, Tensor, Tensor], Tensor], existing: bo
         assert report.fallback is None
 
 
+def test_graph_is_retained_whatever_happened_before():
+    """Torch notes that memory of saved tensors may be reused when it compiles backward again after an error."""
+    model, (x, _, y) = network(), images()
+    attacked, expected = compiled(model), by_backward_twice(network(), x.clone().requires_grad_(True), y)
+    with pytest.raises(gradprune.WeightGradientError):
+        torch.autograd.grad(F.cross_entropy(attacked(x.clone().requires_grad_(True)), y), model[0].weight)
+    actual = by_backward_twice(attacked, x.clone().requires_grad_(True), y)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_frozen_weights():
     model, (_, x, y) = network().requires_grad_(False), images()
     attacked = compiled(model)
