@@ -23,7 +23,6 @@ class Verifier:
         self._inputs = [node.name for node in step_graph.graph.find_nodes(op="placeholder")]
         self._signature = [_signature(value) for value in step_graph.output_values()]
         self._random = _random_operators(step_graph)
-        self._had_weight_gradients = OutputRole.WEIGHT_GRAD in step_graph.outputs
 
     def check(self, step_graph: StepGraph, after: str) -> None:
         """Check a graph.

@@ -40,8 +40,8 @@ def test_costs(name: str):
     for report in (of_step, of_model):
         assert report.flops["before"]["weight_grad"] > 0
         assert report.flops["after"]["weight_grad"] == 0
-        # What backward formulas make of saved tensors alone, such as the mask of a ReLU6, is made in the forward pass of
-        # a model's joint graph, in one byte instead of four.
+        # What backward formulas make of saved tensors alone, such as the mask of a ReLU6, is made in the forward pass
+        # of a model's joint graph, in one byte instead of four.
         assert report.saved_bytes["before"] == pytest.approx(saved, rel=0.01 if report is of_step else 0.25)
         assert report.saved_bytes["after"] < 0.65 * saved
         if name == "resnet50":  # convolutions are all it has, and each costs the same three times
