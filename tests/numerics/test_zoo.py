@@ -7,6 +7,7 @@ float32 is no reference, since it is wrong by as much.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
