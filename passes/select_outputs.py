@@ -40,5 +40,7 @@ class SelectOutputs:
                 result.skipped.append(Change.at(value, reason))
         if result.removed:
             step_graph.set_output_values(values)
-            result.removed += eliminate_dead_code(step_graph.graph, "only a weight gradient needed it")
+            gradients = {change.node for change in result.removed}
+            erased = eliminate_dead_code(step_graph.graph, "only a weight gradient needed it")
+            result.removed += [change for change in erased if change.node not in gradients]
         return result

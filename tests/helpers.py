@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx, nn
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 import gradprune.backend
 
@@ -109,19 +109,25 @@ def relative_error(a: Tensor, reference: Tensor) -> float:
     return float((a - reference).abs().max() / reference.abs().max())
 
 
-ATTENTION_ON_CPU: dict[Any, Callable[..., int]] = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
-}
-"""Operators that torch's counter does not know."""
-
-
 def eager_flops(function: Callable[..., Any], *args: Any) -> int:
     """FLOPs of the contractions that a call runs, counted by torch while it runs."""
-    counter = FlopCounterMode(display=False, custom_mapping=ATTENTION_ON_CPU)
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    unknown_to_torch = {attention: _attention_flops, attention_backward: _attention_backward_flops}
+    counter = FlopCounterMode(display=False, custom_mapping=unknown_to_torch)
     with counter:
         function(*args)
     return int(counter.get_total_flops())
+
+
+def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *args: Any, **options: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def _attention_backward_flops(
+    grad: Sequence[int], query: Sequence[int], key: Sequence[int], value: Sequence[int], *args: Any, **options: Any
+) -> int:
+    return sdpa_backward_flop_count(grad, query, key, value)
 
 
 def eager_saved_bytes(model: nn.Module, x: Tensor) -> int:
