@@ -32,7 +32,7 @@ pass, how far its gradient is from float64, and what the attack achieved. Nothin
 EPILOG = """\
 examples:
   gradprune demo                               two to four minutes on two cores
-  gradprune demo --quick --output /tmp/demo    a smaller network, smaller photographs, fewer steps
+  gradprune demo --quick --output demo-quick   a smaller network, smaller photographs, fewer steps
   gradprune demo --batch 8 --threads 1         how the figures move with the batch and the threads
 
 It writes demo.md and demo.json (tables and raw figures with the environment) and demo.png (the examples).
