@@ -25,6 +25,7 @@ from .errors import (  # noqa: E402
 )
 from .inspect.report import Report  # noqa: E402
 from .options import Options  # noqa: E402
+from .prologue import invalidate  # noqa: E402
 
 try:
     __version__ = version("gradprune")
@@ -47,5 +48,6 @@ __all__ = [
     "accelerate",
     "compile",
     "explain",
+    "invalidate",
     "reports",
 ]

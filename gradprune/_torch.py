@@ -24,8 +24,11 @@ from torch._functorch._aot_autograd.descriptors import (
 )
 from torch._functorch.eager_transforms import _autograd_grad as functorch_grad
 from torch._inductor import config as inductor_config
+from torch._inductor.codecache import CppPythonBindingsCodeCache
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.runtime.cache_dir_utils import cache_dir as inductor_cache_dir
 
 __all__ = [
     "TRACED_FLAGS",
@@ -35,11 +38,13 @@ __all__ = [
     "PlainAOTInput",
     "PlainAOTOutput",
     "code_of",
+    "compile_cpp",
     "compile_fx",
     "compile_fx_inner",
     "compile_wrapper_of",
     "compiling_code",
     "compiling_wrapper",
+    "computes_in_channels_last",
     "declare_absent_outputs",
     "declare_no_donated_buffers",
     "dynamo_nodes",
@@ -47,12 +52,14 @@ __all__ = [
     "forget_sources_of_constants",
     "functorch_config",
     "functorch_grad",
+    "inductor_cache_dir",
     "inductor_config",
     "is_module_state",
     "leaves",
     "module_state_of_grad",
     "requests_weight_gradient",
     "scope_to_backend",
+    "select_decomp_table",
     "size_hint",
 ]
 
@@ -287,3 +294,24 @@ def requests_weight_gradient(weights: Sequence[bool]) -> bool:
         everything = everything and runs
         asked = asked or (runs and is_weight)
     return asked and not everything
+
+
+# --- Inductor ---------------------------------------------------------------------------------------------------------
+
+
+def computes_in_channels_last(graph: fx.Graph) -> bool:
+    """Whether Inductor will compute a step graph in channels-last order, as its settings and heuristics have it."""
+    from torch._inductor.graph import GraphLowering
+
+    module = graph.owning_module or fx.GraphModule({}, graph)
+    return bool(GraphLowering.decide_layout_opt(module, is_inference=True))
+
+
+def compile_cpp(argument_types: Sequence[str], source: str) -> Callable[..., None]:
+    """Compile a C++ function named ``kernel`` as Inductor does its own, cached on disk.
+
+    Args:
+        argument_types: C types of its arguments: pointers, for which tensors are passed, and ``int64_t``.
+        source: The code.
+    """
+    return CppPythonBindingsCodeCache.load_pybinding(list(argument_types), source)  # type: ignore[no-any-return]

@@ -64,6 +64,8 @@ def compile_graph(
     example_inputs: Sequence[Any],
     options: Options,
     inner_compile: InnerCompile = _torch.compile_fx_inner,
+    *,
+    run_prologue: bool = True,
 ) -> tuple[Callback, Report]:
     """Compile one Dynamo graph.
 
@@ -88,7 +90,8 @@ def compile_graph(
         log.warning("gradprune compiled a graph as captured, because classifying it failed: %s", error, exc_info=error)
         return compile_as_captured(gm, example_inputs, options, inner_compile), report
     report = Report(captured.form)
-    return lower(gm, example_inputs, captured, options, report, inner_compile), report
+    compiled = lower(gm, example_inputs, captured, options, report, inner_compile, run_prologue=run_prologue)
+    return compiled, report
 
 
 _compilations: list[tuple[weakref.ref[Any], Any, Report]] = []

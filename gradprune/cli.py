@@ -8,13 +8,14 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from .bench import command as bench
 from .demo import command as demo
 from .errors import GradpruneError, OptionError
 
 USAGE_ERROR = 2
 FAILURE = 1
 
-ADD_COMMANDS: tuple[Callable[[argparse._SubParsersAction[Any]], None], ...] = (demo.add_command,)
+ADD_COMMANDS: tuple[Callable[[argparse._SubParsersAction[Any]], None], ...] = (demo.add_command, bench.add_command)
 """What ``--help`` lists, in this order. Each adds its subparser and sets ``run`` to what carries it out."""
 
 DESCRIPTION = """\

@@ -68,7 +68,7 @@ def explain(fn: Callable[..., Any], *args: Any, **options: Any) -> Report:
     def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         for leaf in _torch.leaves(gm.graph):
             gradients.setdefault(id(leaf), (leaf, leaf.grad))  # what runs after the graph may store another one
-        compiled, report = compile_graph(gm, example_inputs, parsed, _pretend)
+        compiled, report = compile_graph(gm, example_inputs, parsed, _pretend, run_prologue=False)
         found.append(report)
         return compiled
 

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import logging
 import pickle
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,10 @@ from .capture import Capture
 from .errors import DoubleBackwardError, PassError, TrainingStepError, WeightGradientError
 from .inspect.report import Report
 from .options import Options
-from .passes.pipeline import run_passes, select_passes
+from .passes import fold_batch_norm, gather_max_pool
+from .passes.base import Tier
+from .passes.pipeline import PassRecord, run_passes, select_passes
+from .prologue import HoistedStep, Split, split
 from .step_graph import InputRole, OutputRole, StepGraph
 
 log = logging.getLogger(__name__)
@@ -35,6 +39,8 @@ def lower(
     options: Options,
     report: Report,
     inner_compile: InnerCompile,
+    *,
+    run_prologue: bool = True,
 ) -> Callback:
     """Compile a captured graph.
 
@@ -45,18 +51,52 @@ def lower(
         options: The backend's options.
         report: Filled in on the way.
         inner_compile: What turns an ATen graph into a callable.
+        run_prologue: Whether to split the graph into a prologue and a step. Not for a graph that never computes.
 
     Returns:
         A callable with the calling convention Dynamo expects of ``gm``.
     """
+    if capture.form == "step" and options.fold_batch_norm and not options.exact_order:
+        _fold_batch_norm(gm, options, report)
     pruning = PruningPass(capture, options, report, _torch.inductor_config.joint_custom_pre_pass)
     compiled = _compile_fx(
         gm,
         example_inputs,
-        inner_compile=functools.partial(_compile_graph, inner_compile, capture, options, report),
+        inner_compile=functools.partial(_compile_graph, inner_compile, capture, options, report, run_prologue),
         patches={**options.inductor_settings, "joint_custom_pre_pass": pruning},
+        keep=_kept_operators(options),
     )
     return _with_calling_convention(compiled, capture)
+
+
+def _kept_operators(options: Options) -> Sequence[torch._ops.OpOverload]:
+    """Operators that a pass has to see whole."""
+    selected = [step.name for step in select_passes(options.disable, options.exact_order)]
+    return gather_max_pool.KEPT_OPERATORS if gather_max_pool.GatherMaxPool.name in selected else ()
+
+
+def _fold_batch_norm(gm: fx.GraphModule, options: Options, report: Report) -> None:
+    """Run the one pass that has to come before autograd; on a failure leave the graph as it was, unless ``strict``."""
+    if fold_batch_norm.NAME in options.disable:
+        return
+    backup = copy_graph(gm.graph)
+    started = time.perf_counter()
+    ops = sum(node.op in ("call_function", "call_method") for node in gm.graph.nodes)
+    try:
+        result = fold_batch_norm.fold_batch_norm(gm.graph, _torch.is_module_state)
+        gm.graph.lint()
+    except Exception as error:
+        reason = f"pass {fold_batch_norm.NAME!r} failed: {error!r}"
+        if options.strict:
+            raise PassError(reason) from error
+        restore_graph(gm.graph, backup)
+        report.fallback = reason
+        log.warning("gradprune did not fold batch norm: %s", reason, exc_info=error)
+    else:
+        after = sum(node.op in ("call_function", "call_method") for node in gm.graph.nodes)
+        seconds = time.perf_counter() - started
+        report.passes.append(PassRecord(fold_batch_norm.NAME, Tier.REORDERS_FLOAT, seconds, ops, after, result))
+    gm.recompile()
 
 
 def compile_as_captured(
@@ -67,11 +107,23 @@ def compile_as_captured(
 
 
 def _compile_fx(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], inner_compile: InnerCompile, patches: dict[str, Any]
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    inner_compile: InnerCompile,
+    patches: dict[str, Any],
+    keep: Sequence[torch._ops.OpOverload] = (),
 ) -> Callback:
+    """Inductor's compilation with other settings; operators in ``keep`` are not decomposed."""
+    decompositions = {operator: rule for operator, rule in _torch.select_decomp_table().items() if operator not in keep}
     # See Note [Caches].
     with _torch.functorch_config.patch(enable_autograd_cache=False, donated_buffer=False):
-        compiled: Any = _torch.compile_fx(gm, list(example_inputs), inner_compile=inner_compile, config_patches=patches)
+        compiled: Any = _torch.compile_fx(
+            gm,
+            list(example_inputs),
+            inner_compile=inner_compile,
+            config_patches=patches,
+            decompositions=decompositions,
+        )
     return compiled  # type: ignore[no-any-return]
 
 
@@ -104,9 +156,10 @@ class PruningPass(_torch.CustomGraphPass):
         if step_graph is None:
             return
         backup = copy_graph(graph)
+        earlier = list(self.report.passes)
         try:
             self.report.measure(step_graph, "before")
-            self.report.passes = run_passes(
+            self.report.passes += run_passes(
                 step_graph,
                 select_passes(self.options.disable, self.options.exact_order),
                 verify=self.options.verify,
@@ -118,7 +171,7 @@ class PruningPass(_torch.CustomGraphPass):
                 raise error if isinstance(error, PassError) else PassError(reason) from error
             restore_graph(graph, backup)
             _drop_weight_gradients(graph, self.capture)
-            self.report.passes = []
+            self.report.passes = earlier
             self.report.fallback = reason
             log.warning("gradprune compiled a graph as captured: %s", reason, exc_info=error)
 
@@ -197,7 +250,9 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
 
 def restore_graph(graph: fx.Graph, backup: fx.Graph) -> None:
     """Make ``graph`` what it was when ``backup`` was copied from it."""
-    for node in reversed(graph.nodes):
+    for node in graph.nodes:
+        node.args, node.kwargs = (), {}  # a graph that a failure left invalid has no order to erase it in
+    for node in list(graph.nodes):
         graph.erase_node(node)
     _copy_nodes(backup, graph)
 
@@ -216,6 +271,7 @@ def _compile_graph(
     capture: Capture,
     options: Options,
     report: Report,
+    run_prologue: bool,
     gm: fx.GraphModule,
     inputs: Sequence[Any],
     **kwargs: Any,
@@ -224,7 +280,19 @@ def _compile_graph(
     if kwargs.get("is_inference"):
         _torch.declare_absent_outputs(gm.graph)
         with _torch.inductor_config.patch({**_layout_settings(gm.graph), **options.inductor_settings}):
-            return inner_compile(gm, inputs, **kwargs)  # type: ignore[no-any-return]
+            parts = _split(gm, capture, report) if run_prologue else None
+            if parts is None:
+                return inner_compile(gm, inputs, **kwargs)  # type: ignore[no-any-return]
+            kept = [inputs[index] for index in parts.step_inputs]
+            static = set(kwargs.get("static_input_idxs") or ())
+            kwargs["static_input_idxs"] = [
+                *(position for position, index in enumerate(parts.step_inputs) if index in static),
+                *range(len(kept), len(kept) + len(parts.values)),
+            ]
+            # A packed weight has no strides that could be asserted.
+            with _torch.inductor_config.patch(size_asserts=False, alignment_asserts=False):
+                step = inner_compile(parts.step, [*kept, *parts.values], **kwargs)
+            return HoistedStep(parts, step, always_refresh=options.always_refresh)
     compiled: Callback
     if kwargs.get("is_backward"):
         compiled = inner_compile(gm, inputs, **kwargs)
@@ -233,6 +301,12 @@ def _compile_graph(
     _torch.declare_no_donated_buffers()
     compiled = inner_compile(gm, inputs, **kwargs)
     return compiled
+
+
+def _split(gm: fx.GraphModule, capture: Capture, report: Report) -> Split | None:
+    """Separate what the passes said is hoisted; Inductor's own passes have been over the graph since."""
+    step_graph = build_step_graph(gm.graph, capture) if report.hoisted else None
+    return None if step_graph is None else split(gm, step_graph)
 
 
 def _layout_settings(graph: fx.Graph) -> dict[str, Any]:

@@ -49,11 +49,13 @@ class PassResult:
     Attributes:
         removed: Nodes and outputs that are gone.
         narrowed: Nodes that compute less than before.
+        hoisted: Values that leave the loop over the steps of an attack.
         skipped: What the pass would have changed but had to leave, and why.
     """
 
     removed: list[Change] = field(default_factory=list)
     narrowed: list[Change] = field(default_factory=list)
+    hoisted: list[Change] = field(default_factory=list)
     skipped: list[Change] = field(default_factory=list)
 
     @property

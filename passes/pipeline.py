@@ -8,23 +8,44 @@ from dataclasses import dataclass
 
 from ..errors import PassError
 from ..step_graph import StepGraph
+from . import fold_batch_norm
 from .base import Pass, PassResult, Tier
+from .channels_last_weights import ChannelsLastWeights
 from .dgrad_as_convolution import DgradAsConvolution
 from .early_masks import EarlyMasks
+from .gather_max_pool import GatherMaxPool
+from .hoist_invariants import HoistInvariants
 from .narrow_outputs import NarrowOutputs
+from .prepack_convolutions import PrepackConvolutions
+from .prepack_linears import PrepackLinears
 from .select_outputs import SelectOutputs
 from .shape_only_operands import ShapeOnlyOperands
+from .unfuse_bias import UnfuseBias
 from .verify import Verifier
+from .winograd_convolutions import WinogradConvolutions
 
 PIPELINE: tuple[Pass, ...] = (
     SelectOutputs(),
     NarrowOutputs(),
     DgradAsConvolution(),
     ShapeOnlyOperands(),
+    GatherMaxPool(),
     EarlyMasks(),
+    ChannelsLastWeights(),
+    WinogradConvolutions(),
+    PrepackConvolutions(),
+    PrepackLinears(),
+    UnfuseBias(),
+    HoistInvariants(),
 )
 
-PASS_NAMES: tuple[str, ...] = tuple(step.name for step in PIPELINE)
+PASS_NAMES: tuple[str, ...] = (fold_batch_norm.NAME, *(step.name for step in PIPELINE))
+"""All passes, the one that runs before autograd first."""
+
+NEED_HOISTING = frozenset(
+    {ChannelsLastWeights.name, WinogradConvolutions.name, PrepackConvolutions.name, PrepackLinears.name}
+)
+"""Passes that only pay, or only work, when what they do to weights is done once per attack."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +75,15 @@ def count_ops(step_graph: StepGraph) -> int:
 
 
 def select_passes(disable: Collection[str] = (), exact_order: bool = False) -> tuple[Pass, ...]:
-    """The pipeline without disabled passes and, with ``exact_order``, without those that reorder floating point."""
+    """The pipeline without disabled passes, without those that need one of them and, with ``exact_order``, without
+    those that reorder floating point.
+    """
     return tuple(
-        step for step in PIPELINE if step.name not in disable and not (exact_order and step.tier is Tier.REORDERS_FLOAT)
+        step
+        for step in PIPELINE
+        if step.name not in disable
+        and not (step.name in NEED_HOISTING and HoistInvariants.name in disable)
+        and not (exact_order and step.tier is Tier.REORDERS_FLOAT)
     )
 
 

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import flop_registry
 
 from .._torch import size_hint
+from ..ops import packed_convolution
 from ..step_graph import StepGraph, tensor_of
 from .regions import backward_nodes, weight_gradient_nodes, weight_only_nodes
 
@@ -27,6 +28,9 @@ _SAME_FORMULA = {
     aten._scaled_dot_product_flash_attention_for_cpu_backward: aten._scaled_dot_product_flash_attention_backward,
 }
 """Operators that torch has no formula for, and those that do the same."""
+
+DIRECT_FLOPS = "gradprune_flops"
+"""Key in ``node.meta`` for nodes that compute a convolution by another algorithm: the convolution's own FLOPs."""
 
 FLOP_CLASSES = ("forward", "input_grad", "weight_grad", "other")
 
@@ -64,7 +68,9 @@ def count_flops(step_graph: StepGraph) -> dict[str, int]:
 
 def node_flops(node: fx.Node) -> int:
     """FLOPs of one node; 0 for what is no contraction or has no known shape."""
-    if node.target in (aten.convolution.default, aten.convolution_backward.default):
+    if DIRECT_FLOPS in node.meta:
+        return int(node.meta[DIRECT_FLOPS])
+    if node.target in (aten.convolution.default, aten.convolution_backward.default, packed_convolution):
         return convolution_flops(node)
     if not isinstance(node.target, torch._ops.OpOverload):
         return 0
@@ -78,7 +84,7 @@ def node_flops(node: fx.Node) -> int:
 
 def convolution_flops(node: fx.Node) -> int:
     """FLOPs of a convolution, which are also those of its input gradient and those of its weight gradient."""
-    if node.target is aten.convolution.default:
+    if node.target in (aten.convolution.default, packed_convolution):  # whose first arguments are the same
         narrow, weight, transposed = node.args[0] if node.args[6] else node, node.args[1], node.args[6]
         batch = node.args[0]
     else:

@@ -1,7 +1,8 @@
 """Bytes that a step graph keeps alive: what crosses from forward to backward, and the peak.
 
 Both are properties of the graph as it stands. Fusion and recomputation make the compiled step need less; buffers are
-counted once however many views they have, and weights and inputs, which the caller owns, are not counted.
+counted once however many views they have. Inputs, which the caller owns, and what depends on weights alone are not
+counted.
 """
 
 from __future__ import annotations
@@ -28,14 +29,27 @@ def tensor_bytes(value: object) -> int:
     return elements * value.element_size()
 
 
+def is_view(node: fx.Node) -> bool:
+    """Whether ``node`` shares the memory of its first operand, or is one of several views of it."""
+    if node.op != "call_function":
+        return False
+    if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
+        return is_view(node.args[0])
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    returns = node.target._schema.returns
+    return (
+        len(returns) == 1
+        and returns[0].alias_info is not None
+        and not returns[0].alias_info.is_write
+        and isinstance(node.args[0], fx.Node)
+    )
+
+
 def base(node: fx.Node) -> fx.Node:
     """The node that owns the memory ``node`` is a view of."""
-    while node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
-        returns = node.target._schema.returns
-        is_view = len(returns) == 1 and returns[0].alias_info is not None and not returns[0].alias_info.is_write
-        if not is_view or not isinstance(node.args[0], fx.Node):
-            break
-        node = node.args[0]
+    while is_view(node):
+        node = node.all_input_nodes[0]
     return node
 
 
@@ -67,8 +81,9 @@ def peak_bytes(step_graph: StepGraph) -> int:
             last_use[base(operand)] = node
     live = peak = 0
     alive: dict[fx.Node, int] = {}
+    weight_only = weight_only_nodes(step_graph)
     for node in step_graph.graph.nodes:
-        if node.op == "call_function" and base(node) is node:
+        if node.op == "call_function" and base(node) is node and node not in weight_only:
             # A tuple's memory is counted at its items.
             size = tensor_bytes(node.meta.get("val"))
             if node.target is operator.getitem or size:

@@ -20,8 +20,9 @@ from ..step_graph import Form, StepGraph
 class Report:
     """What gradprune did to one graph.
 
-    FLOPs count contractions, a multiply-add as two. Bytes are those of the graph as it stands, see
-    ``gradprune.analysis.liveness``; in the model form ``saved_bytes["after"]`` is what the compiled forward pass
+    "Before" is the graph as captured, with batch norm folded already if it is. FLOPs count contractions, a multiply-add
+    as two, and a convolution as what it is, whichever algorithm computes it. Bytes are those of the graph as it stands,
+    see ``gradprune.analysis.liveness``; in the model form ``saved_bytes["after"]`` is what the compiled forward pass
     really hands to the backward pass.
 
     Attributes:
@@ -51,6 +52,11 @@ class Report:
     def narrowed(self) -> list[Change]:
         """Nodes that compute less than before, or from less."""
         return [change for record in self.passes for change in record.result.narrowed]
+
+    @property
+    def hoisted(self) -> list[Change]:
+        """Values of weights that are computed once per attack instead of once per step."""
+        return [change for record in self.passes for change in record.result.hoisted]
 
     @property
     def skipped(self) -> list[Change]:
@@ -90,6 +96,7 @@ class Report:
             "peak_bytes": dict(self.peak_bytes),
             "removed": [asdict(change) for change in self.removed],
             "narrowed": [asdict(change) for change in self.narrowed],
+            "hoisted": [asdict(change) for change in self.hoisted],
             "skipped": [asdict(change) for change in self.skipped],
             "passes": [
                 {
@@ -122,7 +129,7 @@ class Report:
             for label, size in (("B saved for backward", self.saved_bytes), ("B peak, unfused", self.peak_bytes)):
                 unit, prefix = _unit(max(size.values()))
                 lines.append(_row(prefix + label, size, unit, 1))
-        for label, changes in (("removed", self.removed), ("narrowed", self.narrowed)):
+        for label, changes in (("removed", self.removed), ("narrowed", self.narrowed), ("hoisted", self.hoisted)):
             if changes:
                 counts = Counter(change.operator for change in changes).most_common(6)
                 lines.append(f"  {label} {len(changes)}: " + ", ".join(f"{n} {name}" for name, n in counts))

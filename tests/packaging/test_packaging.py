@@ -1,4 +1,4 @@
-"""What is shipped: the file lists of wheel and source distribution, and the two faces of the ``passes`` folder."""
+"""What is shipped: the file lists of wheel and source distribution, and the two faces of ``passes`` and ``bench``."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
+LINKED = ("bench", "passes")
+"""Top-level folders that are imported as parts of ``gradprune``, through symlinks."""
 SHIPPED = ("gradprune", "passes", "pyproject.toml", "README.md", "LICENSE", "tests", "bench")
 
 
@@ -26,9 +28,9 @@ def settings() -> dict[str, Any]:
 
 
 def packages() -> dict[str, Path]:
-    """Every import package of the source tree and its folder; ``passes`` is listed where it is imported."""
+    """Every import package of the source tree and its folder; linked folders are listed where they are imported."""
     found = {}
-    for top, folder in (("gradprune", ROOT / "gradprune"), ("gradprune.passes", ROOT / "passes")):
+    for top, folder in (("gradprune", ROOT / "gradprune"), *((f"gradprune.{name}", ROOT / name) for name in LINKED)):
         for file in folder.rglob("__init__.py"):
             found[".".join([top, *file.parent.relative_to(folder).parts])] = file.parent
     return found
@@ -39,14 +41,15 @@ def test_every_package_is_listed():
 
 
 def test_every_folder_of_modules_is_a_package():
-    folders = {file.parent for top in ("gradprune", "passes") for file in (ROOT / top).rglob("*.py")}
+    folders = {file.parent for top in ("gradprune", *LINKED) for file in (ROOT / top).rglob("*.py")}
     assert {folder for folder in folders if not (folder / "__init__.py").is_file()} == set()
 
 
-def test_passes_is_a_relative_symlink():
-    link = ROOT / "gradprune" / "passes"
+@pytest.mark.parametrize("name", LINKED)
+def test_linked_folders_are_relative_symlinks(name: str):
+    link = ROOT / "gradprune" / name
     assert link.is_symlink()
-    assert os.readlink(link) == os.path.join("..", "passes")
+    assert os.readlink(link) == os.path.join("..", name)
 
 
 def run(*command: str | Path, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -57,6 +60,12 @@ def test_passes_cannot_be_imported_on_its_own():
     done = run("-c", "import passes", folder=ROOT)
     assert done.returncode != 0
     assert "ImportError: import gradprune.passes, not passes" in done.stderr
+
+
+def test_bench_runs_as_a_module_of_the_repository():
+    done = run("-m", "bench", "table", "--help", folder=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "usage: gradprune bench table" in done.stdout
 
 
 # --- Distributions ----------------------------------------------------------------------------------------------------
@@ -103,7 +112,12 @@ def test_wheel_has_every_module_and_nothing_else(built: Built):
     expected = {
         f"{name.replace('.', '/')}/{file.name}" for name, folder in packages().items() for file in folder.glob("*.py")
     }
-    assert {"gradprune/backend.py", "gradprune/passes/dce.py", "gradprune/passes/rules/registry.py"} <= expected
+    assert {
+        "gradprune/backend.py",
+        "gradprune/passes/dce.py",
+        "gradprune/passes/rules/registry.py",
+        "gradprune/bench/cases.py",
+    } <= expected
     assert {name for name in built.wheel if ".dist-info/" not in name} == {*expected, "gradprune/py.typed"}
 
 
@@ -122,7 +136,7 @@ def test_wheel_works_where_it_is_unpacked(built: Built, tmp_path: Path):
     code = f"""
 import sys
 sys.path.insert(0, {str(built.unpacked)!r})
-import gradprune, gradprune.passes.pipeline, gradprune.cli
+import gradprune, gradprune.bench.command, gradprune.passes.pipeline, gradprune.cli
 from importlib.metadata import entry_points
 print(gradprune.passes.__file__)
 print(len(gradprune.passes.rules.RULES) > 0)
@@ -140,8 +154,7 @@ def test_requirements_of_the_wheel(built: Built):
 
 def test_source_distribution_can_be_built_from(built: Built):
     needed = {"pyproject.toml", "README.md", "LICENSE", "gradprune/py.typed"}
-    for name, folder in packages().items():
-        top = name.replace(".", "/").replace("gradprune/passes", "passes", 1)
-        needed |= {f"{top}/{file.name}" for file in folder.glob("*.py")}
+    for folder in packages().values():
+        needed |= {file.relative_to(ROOT).as_posix() for file in folder.glob("*.py")}
     assert needed <= built.source
-    assert not [name for name in built.source if name.startswith(("bench/", "."))]
+    assert not [name for name in built.source if name.startswith(("bench/results", "."))]

@@ -206,7 +206,12 @@ def test_right_options():
     expected = backward_step(network())(*images())
     torch.testing.assert_close(step(*images()), expected)
     (report,) = gradprune.reports(step)
-    assert [record.name for record in report.passes] == ["select-outputs", "narrow-outputs", "shape-only-operands"]
+    assert [record.name for record in report.passes] == [
+        "select-outputs",
+        "narrow-outputs",
+        "shape-only-operands",
+        "hoist-invariants",
+    ]
 
 
 # --- The rest ---------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Operators of gradprune's own that passes put into graphs."""
+"""Operators that store masks, and values, where Inductor would compute them again."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ from typing import Any
 import torch
 from torch._inductor.lowering import lowerings, register_lowering, to_dtype
 
-_library = torch.library.Library("gradprune", "DEF")
-
+from .library import LIBRARY
 
 # --- realize ----------------------------------------------------------------------------------------------------------
 
-_library.define("realize(Tensor value) -> Tensor")
-torch.library.impl(_library, "realize", "CompositeExplicitAutograd")(torch.clone)
-torch.library.register_fake("gradprune::realize", torch.empty_like, lib=_library)
+LIBRARY.define("realize(Tensor value) -> Tensor")
+torch.library.impl(LIBRARY, "realize", "CompositeExplicitAutograd")(torch.clone)
+torch.library.register_fake("gradprune::realize", torch.empty_like, lib=LIBRARY)
 
 realize = torch.ops.gradprune.realize.default
 """``realize(value)``: a value that Inductor must store instead of fusing its computation into every use.
@@ -33,15 +32,15 @@ def _lower_realize(value: Any) -> Any:
 
 # --- unpack_mask ------------------------------------------------------------------------------------------------------
 
-_library.define("unpack_mask(Tensor packed, Tensor gradient) -> Tensor")
+LIBRARY.define("unpack_mask(Tensor packed, Tensor gradient) -> Tensor")
 
 
-@torch.library.impl(_library, "unpack_mask", "CompositeExplicitAutograd")
+@torch.library.impl(LIBRARY, "unpack_mask", "CompositeExplicitAutograd")
 def _unpack_mask(packed: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
     return packed != 0
 
 
-@torch.library.register_fake("gradprune::unpack_mask", lib=_library)  # type: ignore[untyped-decorator]
+@torch.library.register_fake("gradprune::unpack_mask", lib=LIBRARY)  # type: ignore[untyped-decorator]
 def _fake_unpack_mask(packed: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(packed, dtype=torch.bool)
 

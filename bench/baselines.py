@@ -1,0 +1,225 @@
+"""The ways to run an attack step that are compared. Each has a copy of the model of its own.
+
+Note [Distinct tensors]
+    A compiler that is shown ``step(x, x, y)`` may take both arguments to be one for good and return a step that ignores
+    ``x_adv``. So the first call of everything here has distinct tensors, and what comes out is checked at several.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import importlib.util
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from types import FunctionType
+from typing import Any
+
+import torch
+import torch._dynamo
+from torch import Tensor
+from torch.nn import functional as F
+
+from gradprune.demo.attack import Model, Step
+from gradprune.demo.candidates import Candidate
+from gradprune.errors import OptionError
+from gradprune.options import Options, unknown
+from gradprune.passes.pipeline import PASS_NAMES
+
+from .cases import Case, MnistCnn, Workload
+from .record import (
+    COMPILED_MODEL,
+    COMPILED_STEP,
+    EAGER_BACKWARD,
+    EAGER_GRAD,
+    FROZEN,
+    GRADPRUNE,
+    JAX,
+    TUNED_GRADPRUNE,
+    TUNED_MODEL,
+    Settings,
+)
+
+DTYPES = {None: None, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Contender(Candidate):
+    """A candidate of the benchmarks.
+
+    Attributes:
+        context: Entered around its compilation and its attacks.
+        autograd: Whether autograd keeps what its backward pass needs, so that it can be counted.
+        foreign: Whether it runs outside torch, where its memory cannot be seen.
+    """
+
+    context: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
+    autograd: bool = False
+    foreign: bool = False
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """How to make a contender.
+
+    Attributes:
+        key: Its name on the command line.
+        name: Its name in tables.
+        build: Makes it of a workload and settings.
+        compiles: Whether its first call compiles.
+        cuda_only: Whether it is left out by default on a CPU.
+    """
+
+    key: str
+    name: str
+    build: Callable[[Workload, Settings], Contender]
+    compiles: bool = True
+    cuda_only: bool = False
+
+
+def move(case: Case, x_adv: Tensor, x: Tensor, gradient: Tensor) -> Tensor:
+    """The next ``x_adv``: a step along the sign of the gradient, into the ball around ``x`` and the bounds."""
+    moved = x_adv + case.step_size * gradient.sign()
+    moved = torch.minimum(torch.maximum(moved, x - case.eps), x + case.eps)
+    return moved if case.bounds is None else moved.clamp(*case.bounds)
+
+
+def pgd_step(model: Model, case: Case, autocast: torch.dtype | None = None, *, backward: bool = False) -> Step:
+    """One step of PGD in the Linf ball (Madry et al. 2018).
+
+    Args:
+        model: From inputs to logits.
+        case: Its ball and bounds.
+        autocast: Type to run the model in.
+        backward: Take the gradient by ``loss.backward()``, as attack libraries do, not by ``torch.autograd.grad``.
+
+    Returns:
+        ``(x_adv, x, y) -> (next x_adv, gradient at x_adv)``. Its code object is its own: Dynamo keeps what it compiles
+        with the code, allows a few compilations for each, and would count those of all candidates together.
+    """
+
+    def step(x_adv: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        x_adv = x_adv.detach().requires_grad_(True)
+        if autocast is None:
+            loss = F.cross_entropy(model(x_adv), y)
+        else:
+            with torch.autocast(x.device.type, autocast):
+                loss = F.cross_entropy(model(x_adv), y)
+        if backward:
+            loss.backward()
+            gradient = x_adv.grad
+            assert gradient is not None
+        else:
+            (gradient,) = torch.autograd.grad(loss, x_adv)
+        return move(case, x_adv.detach(), x, gradient), gradient
+
+    return FunctionType(step.__code__.replace(), step.__globals__, "step", closure=step.__closure__)
+
+
+def _eager(name: str, *, frozen: bool = False, backward: bool = False) -> Callable[[Workload, Settings], Contender]:
+    def build(work: Workload, settings: Settings) -> Contender:
+        model = copy.deepcopy(work.model).requires_grad_(not frozen)
+        step = pgd_step(model, work.case, DTYPES[settings.autocast], backward=backward)
+        return Contender(name, model, step, autograd=True)
+
+    return build
+
+
+def _compiled_model(name: str, mode: str | None = None) -> Callable[[Workload, Settings], Contender]:
+    def build(work: Workload, settings: Settings) -> Contender:
+        model = copy.deepcopy(work.model).requires_grad_(False)
+        compiled = torch.compile(model, mode=mode)
+        step = pgd_step(compiled, work.case, DTYPES[settings.autocast])
+        return Contender(name, model, step, compiled=True, autograd=True)
+
+    return build
+
+
+def _compiled_step(work: Workload, settings: Settings) -> Contender:
+    """With traced autograd, which Dynamo leaves off by default; a graph break would make it another candidate."""
+    model = copy.deepcopy(work.model).requires_grad_(True)
+    step = torch.compile(pgd_step(model, work.case, DTYPES[settings.autocast]), fullgraph=True)
+
+    def context() -> AbstractContextManager[None]:
+        return torch._dynamo.config.patch(trace_autograd_ops=True)  # type: ignore[no-any-return]
+
+    return Contender(COMPILED_STEP, model, step, compiled=True, context=context)
+
+
+def _gradprune(name: str, mode: str | None = None, **options: Any) -> Callable[[Workload, Settings], Contender]:
+    """The code of ``eager backward()`` on live parameters, compiled as a whole."""
+
+    def build(work: Workload, settings: Settings) -> Contender:
+        model = copy.deepcopy(work.model).requires_grad_(True)
+        plain = pgd_step(model, work.case, DTYPES[settings.autocast], backward=True)
+        step = torch.compile(plain, backend="gradprune", mode=mode, options=options or None)
+
+        def reports() -> list[dict[str, Any]]:
+            import gradprune
+
+            return [report.to_dict() for report in gradprune.reports(step)]
+
+        return Contender(name, model, step, compiled=True, reports=reports)
+
+    return build
+
+
+def _jax(work: Workload, settings: Settings) -> Contender:
+    from .jax_mnist import jax_step
+
+    assert isinstance(work.model, MnistCnn)
+    step = jax_step(work.model, work.case, settings.threads)
+    return Contender(JAX, work.model, step, compiled=True, foreign=True)
+
+
+BASELINES = (
+    Baseline("backward", EAGER_BACKWARD, _eager(EAGER_BACKWARD, backward=True), compiles=False),
+    Baseline("grad", EAGER_GRAD, _eager(EAGER_GRAD), compiles=False),
+    Baseline("frozen", FROZEN, _eager(FROZEN, frozen=True), compiles=False),
+    Baseline("compile-model", COMPILED_MODEL, _compiled_model(COMPILED_MODEL)),
+    Baseline("compile-step", COMPILED_STEP, _compiled_step),
+    Baseline("compile-model-tuned", TUNED_MODEL, _compiled_model(TUNED_MODEL, "max-autotune"), cuda_only=True),
+    Baseline("gradprune", GRADPRUNE, _gradprune(GRADPRUNE)),
+    Baseline("gradprune-tuned", TUNED_GRADPRUNE, _gradprune(TUNED_GRADPRUNE, "max-autotune"), cuda_only=True),
+    Baseline("jax", JAX, _jax),
+)
+
+
+def choose(keys: Sequence[str] | None, device: str) -> list[Baseline]:
+    """The candidates called ``keys``, in the order of the tables.
+
+    Args:
+        keys: Their names on the command line; ``None`` takes all that make sense on ``device``.
+        device: ``"cpu"`` or ``"cuda"``.
+
+    Raises:
+        OptionError: There is no such candidate, or its package is not installed.
+    """
+    known = {baseline.key: baseline for baseline in BASELINES}
+    has_jax = importlib.util.find_spec("jax") is not None
+    if keys is None:
+        cuda = device == "cuda"
+        return [one for one in BASELINES if (not cuda and has_jax if one.key == "jax" else cuda or not one.cuda_only)]
+    for key in keys:
+        if key not in known:
+            raise OptionError(unknown("candidate", key, known))
+    if "jax" in keys and not has_jax:
+        raise OptionError('candidate "jax" needs JAX: run pip install jax, or leave it out of --candidates')
+    return [one for one in BASELINES if one.key in keys]
+
+
+def for_case(baselines: Sequence[Baseline], case: Case) -> list[Baseline]:
+    """Those that exist for ``case``: there is one network written in JAX."""
+    return [one for one in baselines if one.key != "jax" or case.network == "mnist-cnn"]
+
+
+def ablations() -> list[Baseline]:
+    """gradprune, then gradprune with each pass off, and with each option off that is on by default."""
+    off: dict[str, dict[str, Any]] = {name: {"disable": (name,)} for name in PASS_NAMES}
+    for option in dataclasses.fields(Options):
+        if option.default is True and option.name.replace("_", "-") not in off:
+            off[option.name] = {option.name: False}
+    without = {f"without {name}": options for name, options in off.items()}
+    return [Baseline(name, name, _gradprune(name, **options)) for name, options in {GRADPRUNE: {}, **without}.items()]

@@ -1,0 +1,147 @@
+"""One PNG for each results file: bars with their spread, or lines over the batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gradprune.demo.files import replacing
+
+from .cases import find_case
+from .record import EAGER_BACKWARD, FROZEN, GRADPRUNE, Comparison, Ratio, Record, Results
+from .tables import kernel_classes, rates
+
+OURS, OTHERS, SECOND = "#c1272d", "#7f9fbf", "#d0d7de"
+COMPARED = ("step", "ablation")
+LABELS = {
+    "step": "times as fast as the best alternative (right of 1: faster), quartiles of the rounds",
+    "ablation": "time per step without it / with all (right of 1: it helps), quartiles of the rounds",
+    "overhead": "microseconds per step, quartiles of the rounds",
+    "compile": "seconds until the first step has run: cold (dark) and warm (light)",
+    "kernels": "GFLOP/s: best kernel (dark) and plain kernel (light)",
+}
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One bar: what it stands for, its length, and the ends of its spread."""
+
+    label: str
+    value: float
+    low: float | None = None
+    high: float | None = None
+    color: str = OTHERS
+
+
+def save(path: Path, results: Results) -> None:
+    """Draw a results file.
+
+    Args:
+        path: The PNG file.
+        results: What to draw.
+    """
+    if results.kind == "scaling":
+        figure = _lines(results)
+    else:
+        panels = {case: _bars_of(results, case) for case in results.cases}
+        figure = _bars({case: bars for case, bars in panels.items() if bars}, results.kind)
+    where = results.environment.get("gpu", results.environment["cpu"])
+    figure.suptitle(f"bench {results.kind}: {where}, {results.settings}", fontsize=11)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+def _bars_of(results: Results, case: str) -> list[Bar]:
+    """The bars of one case, from top to bottom."""
+    one = Comparison(results.records, case)
+    bars = []
+    if results.kind == "kernels":
+        for (kind, direction), layers in kernel_classes(results.records, case).items():
+            plain, best = rates(layers)
+            bars += [Bar(f"{kind}, {direction}", best / 1e9), Bar("", plain / 1e9, color=SECOND)]
+    elif results.kind == "compile":
+        for record in results.records:
+            if isinstance(record, Record) and record.case == case and not record.failed:
+                bars.append(Bar(record.candidate, record.cold_seconds or 0))
+                bars.append(Bar("", record.warm_seconds or 0.0, color=SECOND))
+    for name, record in one.measured.items():
+        if results.kind == "overhead":
+            ratio: Ratio | None = Ratio.paired([second * 1e6 for second in record.seconds], [1.0] * len(record.seconds))
+        else:
+            pair = (GRADPRUNE, name) if results.kind == "ablation" else (name, one.best_alternative)
+            ratio = one.ratio(*pair)
+        if ratio is not None:
+            ours = name.startswith(GRADPRUNE)
+            bars.append(Bar(name, ratio.median, ratio.low, ratio.high, OURS if ours else OTHERS))
+    return bars
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    # Without pyplot: no global state, no window, whatever backend the user has configured.
+    figure = Figure(figsize=(width, height), layout="constrained", dpi=110)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _bars(panels: dict[str, list[Bar]], kind: str) -> Any:
+    """A panel of horizontal bars for each case, two panels in a row."""
+    columns = 1 if len(panels) < 2 else 2
+    rows = max(1, -(-len(panels) // columns))
+    tallest = max((len(bars) for bars in panels.values()), default=1)
+    figure = _figure(6.5 * columns, 1.0 + rows * (0.6 + 0.28 * tallest))
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axis in axes[len(panels) :]:
+        axis.set_visible(False)
+    for axis, (case, bars) in zip(axes, panels.items(), strict=False):
+        places = range(len(bars))
+        axis.barh(places, [bar.value for bar in bars], color=[bar.color for bar in bars], height=0.75)
+        for place, bar in zip(places, bars, strict=True):
+            if bar.low is not None and bar.high is not None:
+                axis.plot([bar.low, bar.high], [place, place], color="black", linewidth=1.2)
+            end = max(bar.value, bar.high or 0.0)
+            axis.annotate(f"{bar.value:.3g}", (end, place), (4, 0), textcoords="offset points", va="center", fontsize=8)
+        axis.set_yticks(places, [bar.label for bar in bars], fontsize=8)
+        axis.invert_yaxis()
+        axis.margins(x=0.12)
+        axis.set_xlim(left=0)
+        axis.tick_params(axis="x", labelsize=8)
+        axis.set_title(case, fontsize=10, loc="left")
+        axis.spines[["top", "right"]].set_visible(False)
+        if kind in COMPARED:
+            axis.axvline(1, color="black", linewidth=0.8, linestyle="--")
+    figure.supxlabel(LABELS[kind], fontsize=9)
+    return figure
+
+
+def _lines(results: Results) -> Any:
+    """Ratio to ``frozen eager`` over the batch: a panel for each network, a line for each candidate."""
+    networks: dict[str, dict[int, Comparison]] = {}
+    for case in map(find_case, results.cases):
+        networks.setdefault(case.network, {})[case.batch] = Comparison(results.records, case.name)
+    figure = _figure(6.5 * len(networks), 4.2)
+    axes = figure.subplots(1, len(networks), squeeze=False)[0]
+    for axis, (network, batches) in zip(axes, networks.items(), strict=True):
+        names = list(dict.fromkeys(name for one in batches.values() for name in one.measured))
+        for name in names:
+            points = [(batch, batches[batch].ratio(name, FROZEN)) for batch in sorted(batches)]
+            known = [(batch, ratio) for batch, ratio in points if ratio is not None]
+            at, ratios = [batch for batch, _ in known], [ratio for _, ratio in known]
+            style: dict[str, Any] = {"color": OURS, "linewidth": 2.2} if name == GRADPRUNE else {}
+            style.update({"linestyle": ":"} if name == EAGER_BACKWARD else {})
+            (line,) = axis.plot(at, [r.median for r in ratios], marker="o", markersize=3.5, label=name, **style)
+            low, high = [r.low for r in ratios], [r.high for r in ratios]
+            axis.fill_between(at, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(sorted(batches), [str(batch) for batch in sorted(batches)])
+        axis.set_ylim(bottom=0)
+        axis.set_title(network, fontsize=10, loc="left")
+        axis.set_xlabel("batch", fontsize=9)
+        axis.set_ylabel(f"times as fast as {FROZEN}", fontsize=9)
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(fontsize=8)
+    return figure

@@ -1,0 +1,320 @@
+"""What is kept of a measurement, the arithmetic on it, and the JSON file it is kept in."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from gradprune.demo.files import write_json
+from gradprune.errors import OptionError
+
+EAGER_BACKWARD = "eager backward()"
+EAGER_GRAD = "eager autograd.grad"
+FROZEN = "frozen eager"
+COMPILED_MODEL = "frozen + compile(model)"
+COMPILED_STEP = "compile(step)"
+TUNED_MODEL = "frozen + compile(model, max-autotune)"
+GRADPRUNE = "gradprune"
+TUNED_GRADPRUNE = "gradprune max-autotune"
+JAX = "jax jit(grad)"
+
+BASELINES = (EAGER_BACKWARD, EAGER_GRAD, FROZEN, COMPILED_MODEL, COMPILED_STEP)
+"""What every candidate is compared with by name."""
+
+ALTERNATIVES = (FROZEN, COMPILED_MODEL, COMPILED_STEP, TUNED_MODEL)
+"""What a user could do today; the fastest of these is "the best alternative"."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all figures of one file were measured with.
+
+    Attributes:
+        device: ``"cpu"`` or ``"cuda"``.
+        threads: CPU threads.
+        steps: Steps of one attack.
+        autocast: ``"fp16"`` or ``"bf16"``; ``None`` leaves autocast off.
+        tf32: Whether float32 products may be rounded to TF32 (CUDA).
+        channels_last: Whether every candidate was given images and weights with the channels last.
+    """
+
+    device: str = "cpu"
+    threads: int = 1
+    steps: int = 1
+    autocast: str | None = None
+    tf32: bool = False
+    channels_last: bool = False
+
+    def __str__(self) -> str:
+        dtype = f"autocast {self.autocast}" if self.autocast else "fp32 with TF32" if self.tf32 else "fp32"
+        layout = ", channels last" * self.channels_last
+        return f"{self.threads} thread{'s' * (self.threads > 1)}, {dtype}{layout}"
+
+
+@dataclass(frozen=True)
+class Record:
+    """What was measured of one candidate on one case; ``None`` is what was not, or cannot be.
+
+    Attributes:
+        case: Name of the case.
+        candidate: Name of the candidate.
+        failed: Why there are no figures; ``None`` if there are.
+        seconds: For every round, the seconds of the attack divided by its steps. Round ``i`` of all candidates of a
+            case ran in turn.
+        cold_seconds: Duration of the first call, if it compiles, with empty disk caches.
+        warm_seconds: The same with the caches that an earlier process left.
+        flops: FLOPs of the contractions of a step, a multiply-add as two.
+        saved_bytes: Bytes alive from the forward to the backward pass.
+        peak_bytes: Most bytes a step holds at once beyond what was held before it.
+        gradient_error: Largest error of the gradient against float64, relative to its largest value; the worst point.
+        gradient_error_l2: The same in the Euclidean norm.
+        eager_error: ``gradient_error`` of eager autograd with the same settings.
+        eager_error_l2: ``gradient_error_l2`` of the same.
+        success_rate: Share of the inputs that the attack moved to another class.
+        eager_success_rate: The same of eager.
+        differing: Share of the values of the adversarial examples that are not those of eager.
+        load: Load average of the machine when the case was begun.
+    """
+
+    case: str
+    candidate: str
+    failed: str | None = None
+    seconds: list[float] = field(default_factory=list)
+    cold_seconds: float | None = None
+    warm_seconds: float | None = None
+    flops: int | None = None
+    saved_bytes: int | None = None
+    peak_bytes: int | None = None
+    gradient_error: float | None = None
+    gradient_error_l2: float | None = None
+    eager_error: float | None = None
+    eager_error_l2: float | None = None
+    success_rate: float | None = None
+    eager_success_rate: float | None = None
+    differing: float | None = None
+    load: float | None = None
+
+    @property
+    def median(self) -> float:
+        """Median of the seconds per step."""
+        return statistics.median(self.seconds)
+
+    @property
+    def iqr(self) -> float:
+        """Interquartile range of the seconds per step."""
+        low, high = quartiles(self.seconds)
+        return high - low
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """One layer configuration in one direction, computed by itself in every way at hand.
+
+    Attributes:
+        case: Name of the case.
+        candidate: The configuration, for people.
+        kind: Class of the kernel, such as ``"conv 3x3"``.
+        direction: ``"forward"`` or ``"input gradient"``.
+        count: How often it occurs in the network.
+        flops: FLOPs of one.
+        seconds: Median seconds of one by way; the first way is what eager does. ``None`` where it cannot be used.
+    """
+
+    case: str
+    candidate: str
+    kind: str
+    direction: str
+    count: int
+    flops: int
+    seconds: dict[str, float | None]
+
+    @property
+    def plain(self) -> float:
+        """Seconds of all its occurrences, the way eager does it."""
+        return self.count * (next(iter(self.seconds.values())) or float("nan"))
+
+    @property
+    def best(self) -> tuple[float, str]:
+        """Seconds of all its occurrences, the fastest way, and which that is."""
+        seconds, name = min((value, name) for name, value in self.seconds.items() if value is not None)
+        return self.count * seconds, name
+
+
+AnyRecord: TypeAlias = "Record | Kernels"
+
+KINDS: dict[str, type[Record] | type[Kernels]] = {
+    **dict.fromkeys(("step", "scaling", "ablation", "overhead", "compile"), Record),
+    "kernels": Kernels,
+}
+"""By kind of run, and so by name of its file, what that holds."""
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float]:
+    """First and third quartile."""
+    if len(values) == 1:
+        return values[0], values[0]
+    first, _, third = statistics.quantiles(values, n=4, method="inclusive")
+    return first, third
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times as fast: the median over the rounds, and their quartiles. Below 1 is slower."""
+
+    median: float
+    low: float
+    high: float
+
+    @staticmethod
+    def paired(baseline: Sequence[float], own: Sequence[float]) -> Ratio:
+        """From the seconds of rounds in which both ran one after the other, which is what makes them comparable."""
+        ratios = [theirs / ours for theirs, ours in zip(baseline, own, strict=True)]
+        return Ratio(statistics.median(ratios), *quartiles(ratios))
+
+
+class Comparison:
+    """The timed records of one case.
+
+    Args:
+        records: All records of a file.
+        case: Name of the case.
+    """
+
+    def __init__(self, records: Sequence[AnyRecord], case: str) -> None:
+        found = [record for record in records if isinstance(record, Record) and record.case == case]
+        self.failed = [record for record in found if record.failed]
+        self.measured = {record.candidate: record for record in found if record.seconds}
+
+    @property
+    def best_alternative(self) -> str | None:
+        """The fastest alternative by the medians."""
+        candidates = [name for name in ALTERNATIVES if name in self.measured]
+        return min(candidates, key=lambda name: self.measured[name].median, default=None)
+
+    def ratio(self, candidate: str, baseline: str | None) -> Ratio | None:
+        """How many times as fast as ``baseline`` a candidate is, ``None`` if one of them was not timed."""
+        if baseline not in self.measured or candidate not in self.measured:
+            return None
+        return Ratio.paired(self.measured[baseline].seconds, self.measured[candidate].seconds)
+
+    def predicted_ratio(self, candidate: str) -> float | None:
+        """How many times as fast as ``eager backward()`` it would be if only FLOPs counted."""
+        full, own = self.measured.get(EAGER_BACKWARD), self.measured.get(candidate)
+        return full.flops / own.flops if full and own and full.flops and own.flops else None
+
+    def break_even(self, candidate: str) -> float | None:
+        """Steps after which a candidate has made up for compiling longer than the best alternative.
+
+        Returns:
+            ``None`` if it never has, or compiles nothing.
+        """
+        ours, best = self.measured[candidate], self.best_alternative
+        if best is None or ours.cold_seconds is None or ours.median >= self.measured[best].median:
+            return None
+        theirs = self.measured[best]
+        return max(0.0, ours.cold_seconds - (theirs.cold_seconds or 0.0)) / (theirs.median - ours.median)
+
+    def derived(self, candidate: str) -> dict[str, Any]:
+        """All of this for the readers of a JSON file."""
+        if candidate not in self.measured:
+            return {}
+        ratios = {name: self.ratio(candidate, name) for name in self.measured}
+        return {
+            "median_seconds": self.measured[candidate].median,
+            "iqr_seconds": self.measured[candidate].iqr,
+            "ratios": {name: asdict(ratio) for name, ratio in ratios.items() if ratio},
+            "best_alternative": self.best_alternative,
+            "break_even_steps": self.break_even(candidate),
+            "predicted_ratio": self.predicted_ratio(candidate),
+        }
+
+
+def limit(records: Sequence[AnyRecord], case: str) -> float | None:
+    """Seconds that the layers of ``case`` take by themselves, each the fastest way; ``None`` if not measured."""
+    return sum(record.best[0] for record in records if isinstance(record, Kernels) and record.case == case) or None
+
+
+@dataclass
+class Results:
+    """One JSON file.
+
+    Attributes:
+        path: The file; its stem is what was run, one of ``KINDS``.
+        settings: What all its figures were measured with.
+        environment: Where.
+        records: What was measured.
+    """
+
+    path: Path
+    settings: Settings
+    environment: dict[str, Any]
+    records: list[AnyRecord] = field(default_factory=list)
+
+    @property
+    def kind(self) -> str:
+        """What was run."""
+        return self.path.stem
+
+    @property
+    def cases(self) -> list[str]:
+        """Names of all cases, each once."""
+        return list(dict.fromkeys(record.case for record in self.records))
+
+    @staticmethod
+    def read(path: Path) -> Results:
+        """Read a file.
+
+        Raises:
+            OptionError: It is not one that this version wrote.
+        """
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            make: Any = KINDS[path.stem]
+            own = [each.name for each in dataclasses.fields(make)]
+            records = [make(**{name: record[name] for name in own}) for record in content["records"]]
+            return Results(path, Settings(**content["settings"]), content["environment"], records)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise OptionError(
+                f"{path} is not a results file of this version ({error!r}): pass --fresh to replace it, or delete it"
+            ) from error
+
+    def resume(self) -> None:
+        """Take up the records of an earlier run in the same file.
+
+        Raises:
+            OptionError: Its figures could not stand beside those of this run.
+        """
+        if not self.path.exists():
+            return
+        old = Results.read(self.path)
+        before, now = ({**vars(one.settings), **one.environment} for one in (old, self))
+        for name in now.keys() | before.keys():
+            if before.get(name) != now.get(name):
+                raise OptionError(
+                    f"{self.path} was measured with {name} {before.get(name)!r}, this run has {now.get(name)!r}: "
+                    "pass --fresh to replace it, or --output DIR to write elsewhere"
+                )
+        self.records = old.records
+
+    def missing(self, case: str, candidates: Sequence[str]) -> list[str]:
+        """Those of ``candidates`` without a record of ``case``, be it a failure."""
+        have = {record.candidate for record in self.records if record.case == case}
+        return [candidate for candidate in candidates if candidate not in have]
+
+    def add(self, records: Sequence[AnyRecord], instead_of: str | None = None) -> None:
+        """Take up new records and write the file, whole or not at all.
+
+        Args:
+            records: The new ones.
+            instead_of: Case whose old records go: their rounds were not those of the new ones.
+        """
+        self.records = [*(old for old in self.records if old.case != instead_of), *records]
+        compared = {name: Comparison(self.records, name) for name in self.cases}
+        written = [{**asdict(one), "derived": compared[one.case].derived(one.candidate)} for one in self.records]
+        content = {"settings": asdict(self.settings), "environment": self.environment, "records": written}
+        write_json(self.path, {"benchmark": self.kind, **content})

@@ -1,0 +1,244 @@
+"""The tables of the benchmarks in Markdown, padded so that they read well as plain text too."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from .cases import Case, find_case
+from .record import (
+    BASELINES,
+    EAGER_BACKWARD,
+    FROZEN,
+    GRADPRUNE,
+    AnyRecord,
+    Comparison,
+    Kernels,
+    Ratio,
+    Record,
+    Results,
+    limit,
+)
+
+STEP_LEGEND = """\
+- ms/step (or us): median over the rounds of attack / steps, so that what happens once per attack is in it; IQR: its
+  interquartile range.
+- vs: how many times as fast as that baseline, median of the ratios within each round; below 1 is slower. In brackets
+  the quartiles of these ratios.
+- best alternative: the fastest of frozen eager, frozen + compile(model), compile(step) and, where it was run,
+  max-autotune.
+- of limit: how many times the isolated-kernel limit a step takes (`bench kernels`: convolutions and linear layers by
+  themselves, each with the fastest kernel found).
+- FLOPs say: the ratio to eager backward() if only the FLOPs of contractions counted.
+- compile s: first call, with empty disk caches and a compiler that is already started; break-even: steps after which it
+  has made up for compiling longer than the best alternative.
+- saved MB: alive from forward to backward; gradprune's by its report. peak MB: most that a step holds beyond what was
+  held before. "-": cannot be counted.
+- gradient error: largest difference to float64 relative to the largest value / in the Euclidean norm; the worst of
+  three points. A ReLU whose input rounds to the other side of zero costs up to percents, in eager too.
+- pixels off: share of the adversarial values that differ from those of eager. success: inputs moved to another class.
+- Every candidate was checked against float64 at two points and called with x_adv = x; one that fails is not timed."""
+
+LEGENDS = {
+    "ablation": """\
+- without / with: how many times as long a step takes without it, by rounds, quartiles in brackets. Above 1 it helps;
+  below 1 a step is faster without.
+- saved MB by gradprune's report, peak MB measured, compile s with empty disk caches.""",
+    "compile": """\
+- Seconds from the call of the first step until it has run, in a process of its own: cold with empty disk caches, warm
+  with those that the cold process left. Importing torch and building the model are not part of it, importing the
+  compiler is.""",
+    "kernels": """\
+- GFLOP/s: FLOPs of all layers of a class over the time they take by themselves. plain: the kernel that eager calls;
+  best: the fastest of all that were tried for each layer, weights already packed; who won is named with its layers.
+- limit: forward and input gradient of all layers, each the fastest way, one after another.""",
+}
+
+
+Column = Callable[[Comparison, Record], str]
+
+
+def document(results: Results, limits: Sequence[AnyRecord] = ()) -> str:
+    """Everything about one file, in Markdown.
+
+    Args:
+        results: The file.
+        limits: Records of a kernels file with the same settings.
+    """
+    here, body = results.environment, []
+    if results.kind == "compile":
+        found = [record for record in results.records if isinstance(record, Record)]
+        head = ["case", "candidate", "cold s", "warm s"]
+        body.append(
+            grid(head, ([r.case, r.candidate, _figure(r.cold_seconds), _figure(r.warm_seconds)] for r in found))
+        )
+        body += _failures(found)
+    elif results.kind not in ("kernels", "ablation"):
+        body.append(_summary(results, limits))
+    for case in results.cases if results.kind != "compile" else ():
+        one = Comparison(results.records, case)
+        body.append(f"## {case}")
+        if results.kind == "kernels":
+            body.append(_kernels(kernel_classes(results.records, case), limit(results.records, case)))
+            continue
+        body += [_about(one, find_case(case), results.settings.steps), *_failures(one.failed)]
+        if results.kind == "ablation":
+            body.append(_columns(one, ABLATION))
+        else:
+            body += [_columns(one, _times(one, limit(limits, case))), _columns(one, FIGURES)]
+    parts = [
+        f"# gradprune bench {results.kind}",
+        f"{here.get('gpu', here['cpu'])}, **{results.settings}**, BLAS **{here['blas']}**, oneDNN {here['onednn']}, "
+        f"torch {here['torch']}. Random weights and random inputs, always the same; labels are the network's own clean "
+        "predictions.",
+        *body,
+        LEGENDS.get(results.kind, STEP_LEGEND),
+        "## Environment",
+        "\n".join(f"- {name}: {value}" for name, value in here.items()),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def grid(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table whose first column is text and whose others are figures."""
+    lines = [head, *rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    padded = [[line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in (head, rule, *lines[1:])]
+    return "\n".join(f"| {' | '.join(line)} |" for line in padded)
+
+
+def ratio_text(ratio: Ratio | float | None, *, spread: bool = False) -> str:
+    """Such as ``1.52x`` or, with its quartiles, ``1.52x (1.49-1.55)``."""
+    if isinstance(ratio, Ratio):
+        return f"{ratio.median:.2f}x" + f" ({ratio.low:.2f}-{ratio.high:.2f})" * spread
+    return "-" if ratio is None else f"{ratio:.2f}x"
+
+
+def _figure(value: float | None, unit: float = 1.0) -> str:
+    """Three significant digits, ``-`` for nothing."""
+    if value is None:
+        return "-"
+    scaled = value / unit
+    return f"{scaled:,.0f}" if scaled >= 1000 else f"{scaled:.1f}" if scaled >= 100 else f"{scaled:.3g}"
+
+
+def _errors(largest: float | None, euclidean: float | None) -> str:
+    return "-" if largest is None or euclidean is None else f"{largest:.0e} / {euclidean:.0e}"
+
+
+def _failures(records: Iterable[Record]) -> list[str]:
+    return [f"**{record.candidate} failed:** {record.failed}" for record in records if record.failed]
+
+
+def _columns(one: Comparison, columns: Mapping[str, Column]) -> str:
+    """A table with a row for each candidate that was timed."""
+    return grid([*columns], ([column(one, record) for column in columns.values()] for record in one.measured.values()))
+
+
+FIGURES: dict[str, Column] = {
+    "candidate": lambda one, record: record.candidate,
+    "GFLOP": lambda one, record: _figure(record.flops, 1e9),
+    "saved MB": lambda one, record: _figure(record.saved_bytes, 1e6),
+    "peak MB": lambda one, record: _figure(record.peak_bytes, 1e6),
+    "gradient error": lambda one, record: _errors(record.gradient_error, record.gradient_error_l2),
+    "eager's own": lambda one, record: _errors(record.eager_error, record.eager_error_l2),
+    "pixels off": lambda one, record: f"{record.differing or 0:.1%}",
+    "success": lambda one, record: f"{record.success_rate or 0:.1%}",
+    "eager's success": lambda one, record: f"{record.eager_success_rate or 0:.1%}",
+}
+
+ABLATION: dict[str, Column] = {
+    "candidate": FIGURES["candidate"],
+    "ms/step": lambda one, record: _figure(record.median, 1e-3),
+    "without / with": lambda one, record: ratio_text(one.ratio(GRADPRUNE, record.candidate), spread=True),
+    "compile s": lambda one, record: _figure(record.cold_seconds),
+    **{name: FIGURES[name] for name in ("saved MB", "peak MB", "gradient error")},
+}
+
+
+def _times(one: Comparison, floor: float | None) -> dict[str, Column]:
+    """Columns about time; ``floor`` is the isolated-kernel limit in seconds."""
+    unit, name = (1e-6, "us") if max((r.median for r in one.measured.values()), default=1) < 1e-3 else (1e-3, "ms")
+
+    def versus(baseline: str) -> Column:
+        return lambda one, record: ratio_text(one.ratio(record.candidate, baseline))
+
+    return {
+        "candidate": FIGURES["candidate"],
+        f"{name}/step": lambda one, record: _figure(record.median, unit),
+        "IQR": lambda one, record: _figure(record.iqr, unit),
+        **{f"vs {baseline}": versus(baseline) for baseline in BASELINES},
+        "vs best alternative": lambda one, record: ratio_text(
+            one.ratio(record.candidate, one.best_alternative), spread=True
+        ),
+        "of limit": lambda one, record: _figure(record.median / floor if floor else None),
+        "FLOPs say": lambda one, record: ratio_text(one.predicted_ratio(record.candidate)),
+        "compile s": lambda one, record: _figure(record.cold_seconds),
+        "break-even": _break_even,
+    }
+
+
+def _break_even(one: Comparison, record: Record) -> str:
+    """Steps, ``never`` for what compiles only to be slower, ``-`` for what compiles nothing or is the best itself."""
+    steps = one.break_even(record.candidate)
+    never = steps is None and record.cold_seconds is not None and record.candidate != one.best_alternative
+    return "never" if never else _figure(steps)
+
+
+def _summary(results: Results, limits: Sequence[AnyRecord]) -> str:
+    """One row for each case: gradprune against what matters most."""
+    rows = []
+    for case in results.cases:
+        one, floor = Comparison(results.records, case), limit(limits, case)
+        ours, best = one.measured.get(GRADPRUNE), one.best_alternative
+        row = [case, _figure(ours.median, 1e-3) if ours else "failed or not run"]
+        row += [f"{_figure(one.measured[best].median, 1e-3)} {best}" if best else "-"]
+        row += [ratio_text(one.ratio(GRADPRUNE, best), spread=True)]
+        row += [ratio_text(one.ratio(GRADPRUNE, baseline)) for baseline in (FROZEN, EAGER_BACKWARD)]
+        rows.append([*row, _figure(ours.median / floor if ours and floor else None)])
+    head = "case", "gradprune ms", "best alternative ms", "vs best alternative", f"vs {FROZEN}", f"vs {EAGER_BACKWARD}"
+    return "## Summary\n\n" + grid([*head, "of limit"], rows)
+
+
+def _about(one: Comparison, case: Case, steps: int) -> str:
+    """What was attacked and how."""
+    records = one.measured.values()
+    rounds, load = max((len(r.seconds) for r in records), default=0), max((r.load or 0 for r in records), default=0)
+    shape = "x".join(map(str, case.shape))
+    eps, step = (f"{size * 255:g}/255" if case.eps < 0.1 else f"{size:g}" for size in (case.eps, case.step_size))
+    return (
+        f"Batch {case.batch} of {shape}; {steps} steps of PGD in the Linf ball, eps {eps}, step size {step}; {rounds} "
+        f"rounds; load average {load:.1f} at the start."
+    )
+
+
+def kernel_classes(records: Sequence[AnyRecord], case: str) -> dict[tuple[str, str], list[Kernels]]:
+    """The layers of one case by class and direction, in alphabetical order."""
+    found: dict[tuple[str, str], list[Kernels]] = {}
+    for record in records:
+        if isinstance(record, Kernels) and record.case == case:
+            found.setdefault((record.kind, record.direction), []).append(record)
+    return dict(sorted(found.items()))
+
+
+def rates(layers: Sequence[Kernels]) -> tuple[float, float]:
+    """FLOP/s of some layers together, by the plain and by the best kernel of each."""
+    flops = sum(layer.count * layer.flops for layer in layers)
+    return flops / sum(layer.plain for layer in layers), flops / sum(layer.best[0] for layer in layers)
+
+
+def _kernels(classes: dict[tuple[str, str], list[Kernels]], floor: float | None) -> str:
+    rows = []
+    for (kind, direction), layers in classes.items():
+        winners: Counter[str] = Counter()
+        for layer in layers:
+            winners[layer.best[1]] += layer.count
+        plain, best = rates(layers)
+        row = [f"{kind}, {direction}", str(winners.total()), _figure(sum(r.count * r.flops for r in layers), 1e9)]
+        row += [_figure(sum(layer.plain for layer in layers), 1e-3), _figure(plain, 1e9)]
+        row += [_figure(sum(layer.best[0] for layer in layers), 1e-3), _figure(best, 1e9)]
+        rows.append([*row, ", ".join(f"{name} {count}" for name, count in winners.most_common())])
+    head = ["kernels", "layers", "GFLOP", "plain ms", "plain GFLOP/s", "best ms", "best GFLOP/s", "best by"]
+    plain = sum(layer.plain for layers in classes.values() for layer in layers)
+    return f"Limit **{_figure(floor, 1e-3)} ms**; plain kernels {_figure(plain, 1e-3)} ms.\n\n{grid(head, rows)}"

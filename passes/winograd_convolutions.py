@@ -1,0 +1,99 @@
+"""Compute convolutions of 3 by 3 and stride 1 by Winograd's algorithm, on a CPU where that is faster.
+
+    %y = convolution(%x, %w, %b, ...)        %u = winograd_weight(%w)                  in the prologue
+                                             %y = winograd_convolution(%x, %u, %b, ...)
+
+Forward and, as a transposed convolution of stride 1, input gradient; see ``gradprune/ops/winograd.py``. Inference does
+the same where weights are constants; here it is the hoisting that makes the weight's transform free. Legal in step
+graphs for float32, without groups or dilation, for a padding of at most 2 and multiples of 16 channels, if the weight
+depends on weights alone. Both kernels are timed for each shape when a step is compiled. Needs ``hoist-invariants``.
+Reorders float; the sums have fewer terms, and the result is no further from float64 than a direct convolution's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from .._torch import size_hint
+from ..analysis.cost import DIRECT_FLOPS, convolution_flops
+from ..analysis.invariance import invariant_nodes
+from ..analysis.timing import is_faster
+from ..ops import pack_convolution, packed_convolution, winograd
+from ..step_graph import StepGraph, tensor_of
+from .base import Change, PassResult, Tier
+from .build import Builder
+from .prepack_convolutions import Convolution
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class WinogradConvolutions:
+    """Replace convolutions of 3 by 3 by ones with a transformed weight."""
+
+    name = "winograd-convolutions"
+    tier = Tier.REORDERS_FLOAT
+
+    def run(self, step_graph: StepGraph) -> PassResult:
+        """See ``Pass.run``."""
+        result = PassResult()
+        if step_graph.form != "step":
+            return result
+        invariant = invariant_nodes(step_graph)
+        for node in step_graph.graph.find_nodes(op="call_function", target=aten.convolution.default):
+            c = Convolution.of(node)
+            if c is None or c.weight not in invariant or node in invariant:
+                continue
+            if not _is_legal(c) or not _is_worth_it(c):
+                continue
+            build = Builder(node)
+            weight = build.call(winograd.winograd_weight, c.weight, c.transposed)
+            replacement = build.call(winograd.winograd_convolution, c.input, weight, c.bias, _padding(c), "none")
+            replacement.meta = {**node.meta, DIRECT_FLOPS: convolution_flops(node)}
+            node.replace_all_uses_with(replacement)
+            result.narrowed.append(Change.at(node, "16 multiplications instead of 36, weight transformed once"))
+            step_graph.graph.erase_node(node)
+        return result
+
+
+def _padding(c: Convolution) -> list[int]:
+    """Padding of the plain convolution that computes the same."""
+    return [2 - p for p in c.padding] if c.transposed else c.padding
+
+
+def _is_legal(c: Convolution) -> bool:
+    x, weight = tensor_of(c.input), tensor_of(c.weight)
+    return (
+        x is not None
+        and weight is not None
+        and x.dtype is torch.float32
+        and c.kernel == [3, 3]
+        and c.stride == [1, 1]
+        and c.dilation == [1, 1]
+        and c.groups == 1
+        and c.output_padding == [0, 0]
+        and all(0 <= p <= 2 for p in _padding(c))
+        and min(c.out_size[2:]) > 0
+        and all(channels % winograd.LANES == 0 for channels in weight.shape[:2])
+        and winograd.is_available()
+    )
+
+
+def _is_worth_it(c: Convolution) -> bool:
+    size, outputs, padding = [size_hint(n) for n in c.size], int(c.out_size[1]), _padding(c)
+
+    def make() -> tuple[Callable[[], object], Callable[[], object]]:
+        x = torch.randn(size).contiguous(memory_format=torch.channels_last)
+        weight = torch.randn(outputs, size[1], 3, 3)
+        transformed = winograd.winograd_weight(weight, False)
+        geometry = ([1, 1], padding, [1, 1], False, [0, 0], 1)
+        packed = pack_convolution(weight, *geometry, size)
+        return (
+            lambda: winograd.winograd_convolution(x, transformed, None, padding, "none"),
+            lambda: packed_convolution(x, packed, None, *geometry, "none"),
+        )
+
+    return is_faster(f"winograd {size} to {outputs}, padding {padding}", make)

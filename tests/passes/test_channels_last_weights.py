@@ -1,0 +1,90 @@
+"""Weights of convolutions are converted ahead. Run on a CPU by pretending that it is a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from pass_testing import apply, captured, find
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from gradprune._torch import computes_in_channels_last
+from gradprune.analysis.invariance import hoisted_values
+from gradprune.passes import channels_last_weights
+from gradprune.passes.channels_last_weights import ChannelsLastWeights
+from gradprune.passes.dgrad_as_convolution import DgradAsConvolution
+from gradprune.passes.hoist_invariants import HoistInvariants
+from gradprune.passes.narrow_outputs import NarrowOutputs
+from gradprune.passes.select_outputs import SelectOutputs
+
+aten = torch.ops.aten
+
+
+def attacked(model: nn.Module, x: torch.Tensor):
+    def step(x: torch.Tensor) -> torch.Tensor:
+        x = x.detach().requires_grad_(True)
+        return torch.autograd.grad(model(x).square().sum(), x)[0]
+
+    step_graph = captured(step, x)
+    for rewrite in (SelectOutputs(), NarrowOutputs(), DgradAsConvolution()):
+        rewrite.run(step_graph)
+    return step_graph
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3)).double()
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(channels_last_weights, "DEVICES", ("cpu",))
+    monkeypatch.setattr(channels_last_weights, "computes_in_channels_last", lambda graph: True)
+
+
+@pytest.mark.usefixtures("on_a_gpu")
+def test_forward_and_input_gradient_share_one_converted_weight():
+    step_graph = attacked(network(), torch.randn(2, 8, 9, 9, dtype=torch.float64))
+    applied = apply(ChannelsLastWeights(), step_graph)
+    assert len(applied.result.narrowed) == 4
+    assert len(find(step_graph, aten.clone.default)) == 4
+    HoistInvariants().run(step_graph)
+    clones = find(step_graph, aten.clone.default)
+    assert hoisted_values(step_graph) == clones
+    assert len(clones) == 2
+    for clone in clones:
+        assert clone.meta["val"].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.usefixtures("on_a_gpu")
+def test_weights_that_are_so_already_are_left():
+    model = network().to(memory_format=torch.channels_last)
+    assert not apply(ChannelsLastWeights(), attacked(model, torch.randn(2, 8, 9, 9, dtype=torch.float64))).changed
+
+
+@pytest.mark.usefixtures("on_a_gpu")
+def test_other_numbers_of_dimensions_are_left():
+    assert not apply(ChannelsLastWeights(), attacked(nn.Conv1d(4, 4, 3), torch.randn(2, 4, 9))).changed
+
+
+@pytest.mark.usefixtures("on_a_gpu")
+def test_what_inductor_computes_in_another_order_is_left(monkeypatch):
+    monkeypatch.setattr(channels_last_weights, "computes_in_channels_last", lambda graph: False)
+    assert not apply(ChannelsLastWeights(), attacked(network(), torch.randn(2, 8, 9, 9, dtype=torch.float64))).changed
+
+
+def test_a_cpu_is_left():
+    assert not apply(ChannelsLastWeights(), attacked(network(), torch.randn(2, 8, 9, 9, dtype=torch.float64))).changed
+
+
+def test_inductor_is_asked_about_tensors_on_a_gpu():
+    graph = torch.fx.Graph()
+    with FakeTensorMode():
+        x, weight = torch.randn(8, 128, 28, 28, device="cuda"), torch.randn(256, 128, 3, 3, device="cuda")
+        nodes = graph.placeholder("x"), graph.placeholder("weight")
+        arguments = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1)
+        call = graph.call_function(aten.convolution.default, (*nodes, None, *arguments))
+        for node, value in zip((*nodes, call), (x, weight, aten.convolution(x, weight, None, *arguments)), strict=True):
+            node.meta["val"] = value
+    graph.output((call,))
+    assert computes_in_channels_last(graph)
