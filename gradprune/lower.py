@@ -114,7 +114,9 @@ def _compile_fx(
     keep: Sequence[torch._ops.OpOverload] = (),
 ) -> Callback:
     """Inductor's compilation with other settings; operators in ``keep`` are not decomposed."""
-    decompositions = {operator: rule for operator, rule in _torch.select_decomp_table().items() if operator not in keep}
+    decompositions = None
+    if keep:
+        decompositions = {operator: rule for operator, rule in _torch.select_decomp_table().items() if operator not in keep}
     # See Note [Caches].
     with _torch.functorch_config.patch(enable_autograd_cache=False, donated_buffer=False):
         compiled: Any = _torch.compile_fx(
@@ -277,6 +279,7 @@ def _compile_graph(
     **kwargs: Any,
 ) -> Callback:
     """Compile one ATen graph: the step, or the forward or backward part of a model."""
+    kwargs.pop("get_decomp_fn", None)  # everything is decomposed by now, and a table of one's own cannot be a cache key
     if kwargs.get("is_inference"):
         _torch.declare_absent_outputs(gm.graph)
         with _torch.inductor_config.patch({**_layout_settings(gm.graph), **options.inductor_settings}):

@@ -184,7 +184,7 @@ def test_text_before_and_after():
     before.check("batch_norm](args = (%input_1,").check("return (input_2,)").run(str(folded.before))
     after = FileCheck().check("torch.add](args = (%l_fn_modules_1_buffers_running_var_, 1e-05)")
     after.check("torch.mul](args = (%l_fn_modules_0_parameters_weight_, %reshape)")
-    after.check("torch.conv2d](args = (%l_args_0_, %mul_2, %add_1), kwargs = {stride: (2, 1), padding: (0, 1),")
+    after.check("torch.conv2d](args = (%l_args_0_, %mul_2, %add_1, (2, 1), (0, 1), (1, 1), 1)")
     after.check("return (conv2d_1,)").run(str(folded.after))
 
 
