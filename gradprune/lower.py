@@ -116,7 +116,8 @@ def _compile_fx(
     """Inductor's compilation with other settings; operators in ``keep`` are not decomposed."""
     decompositions = None
     if keep:
-        decompositions = {operator: rule for operator, rule in _torch.select_decomp_table().items() if operator not in keep}
+        table = _torch.select_decomp_table()
+        decompositions = {operator: rule for operator, rule in table.items() if operator not in keep}
     # See Note [Caches].
     with _torch.functorch_config.patch(enable_autograd_cache=False, donated_buffer=False):
         compiled: Any = _torch.compile_fx(
