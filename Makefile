@@ -9,7 +9,7 @@ demo: .venv/installed  ## Attack a ResNet-50 and a small CNN four ways, print th
 	$(BIN)/gradprune demo
 
 test: .venv/installed  ## The whole test suite.
-	$(BIN)/python -m pytest -n $(JOBS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 lint: .venv/installed  ## Style and types.
 	$(BIN)/ruff check .

@@ -143,6 +143,9 @@ def apply(step: Pass, step_graph: StepGraph) -> Applied:
             assert old is None or role is OutputRole.WEIGHT_GRAD
         elif step.tier is Tier.EXACT:
             torch.testing.assert_close(new, old, rtol=0, atol=0)
+        elif old.dtype is torch.float32:  # an element may be a small difference of large ones
+            scale = float(old.abs().max()) if old.numel() else 0.0
+            torch.testing.assert_close(new, old, rtol=1e-5, atol=1e-5 * max(scale, 1.0))
         else:
             torch.testing.assert_close(new, old)
     assert result.changed == (before != after)

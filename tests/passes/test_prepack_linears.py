@@ -347,6 +347,7 @@ def step_of(model: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
 
 
 def perceptron() -> nn.Module:
+    torch.manual_seed(0)
     return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8, bias=False), nn.GELU(), nn.Linear(8, 5))
 
 
