@@ -13,6 +13,7 @@ from .accelerate import accelerate  # noqa: E402
 from .backend import reports  # noqa: E402
 from .compile import compile, explain  # noqa: E402
 from .errors import (  # noqa: E402
+    AttackError,
     CompileError,
     DoubleBackwardError,
     GradpruneError,
@@ -33,6 +34,7 @@ except PackageNotFoundError:  # run from a source tree that was never installed
     __version__ = "0+unknown"
 
 __all__ = [
+    "AttackError",
     "CompileError",
     "DoubleBackwardError",
     "GradpruneError",

@@ -78,7 +78,7 @@ def compile_graph(
     _torch.forget_sources_of_constants()
     backup = copy_graph(gm.graph)
     try:
-        captured = capture(gm)
+        captured = capture(gm, forward_only=options.forward_only)
     except GradpruneError:
         raise
     except Exception as error:

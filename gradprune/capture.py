@@ -47,14 +47,24 @@ class Capture:
         return [role for role in self.inputs if role is not InputRole.SIZE]
 
 
-def capture(gm: fx.GraphModule) -> Capture:
+def capture(gm: fx.GraphModule, *, forward_only: bool = False) -> Capture:
     """Classify a Dynamo graph and prepare it for AOTAutograd, in place.
+
+    Args:
+        gm: The graph.
+        forward_only: Take a graph without gradients for a step that needs none.
 
     Raises:
         TrainingStepError: The graph takes gradients, and all of them are weights'.
     """
     calls = _gradient_calls(gm.graph)
-    prepared = _prepare_step(gm, calls) if calls else _prepare_model(gm)
+    if calls:
+        prepared = _prepare_step(gm, calls)
+    elif forward_only and not any(_requires_grad(value) for value in _graph_outputs(gm.graph)):
+        roles = [_input_role(node, is_perturbation=False) for node in _placeholders(gm.graph)]
+        prepared = Capture("step", roles, visible_outputs=len(_graph_outputs(gm.graph)))
+    else:
+        prepared = _prepare_model(gm)
     gm.graph.lint()
     gm.recompile()
     return prepared

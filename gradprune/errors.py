@@ -49,3 +49,7 @@ class WeightGradientError(GradpruneError):
 
 class DoubleBackwardError(GradpruneError):
     """The gradient computed by a compiled model was itself differentiated."""
+
+
+class AttackError(GradpruneError, ValueError):
+    """An attack cannot be run on this model with these inputs."""

@@ -25,6 +25,9 @@ class Options:
         fold_batch_norm: Fold batch norm in evaluation mode into the convolution or linear layer before it.
         always_refresh: Look for changed weights at every call as at the start of an attack. For code that writes to
             ``weight.data`` between two steps of one attack; see also ``gradprune.invalidate``.
+        forward_only: Move what depends on weights alone out of a function that takes no gradient as well, for the
+            queries of a black-box attack. Such calls continue nothing, so weights are compared with their copies at
+            each; for attacks of ``gradprune.attacks`` at the first.
         strict: Raise when a pass fails. By default the graph is compiled as it was captured, with one warning, and
             the reason is in the report.
         verify: Check the graph after every pass. Costs compile time; meant for tests and bug reports.
@@ -36,13 +39,14 @@ class Options:
     exact_order: bool = False
     fold_batch_norm: bool = True
     always_refresh: bool = False
+    forward_only: bool = False
     strict: bool = False
     verify: bool = False
     mode: str | None = None
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("exact_order", "fold_batch_norm", "always_refresh", "strict", "verify"):
+        for name in ("exact_order", "fold_batch_norm", "always_refresh", "forward_only", "strict", "verify"):
             value = getattr(self, name)
             if not isinstance(value, bool):
                 raise OptionError(f"gradprune option {name!r} must be True or False, not {value!r}")

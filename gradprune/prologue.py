@@ -4,7 +4,8 @@ Note [Freshness]: a compiled step is called K times per attack, with weights tha
 calls. The prologue's values are used again if all of these hold:
 
 - an input of the call lies in the memory of an output of the previous call, as ``x_adv`` does in
-  ``x_adv = step(x_adv, x, y)``: the call continues the attack that the values were computed for;
+  ``x_adv = step(x_adv, x, y)``, or both calls were made in the same ``one_attack`` block: the call continues the attack
+  that the values were computed for;
 - every weight is the same tensor object in the same memory as when they were computed;
 - no weight's version counter, which in-place operations advance, has moved since;
 - no optimizer has made a step since, for fused ones do not advance the counter, nor those that write to ``.data``;
@@ -23,7 +24,9 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,6 +138,7 @@ class HoistedStep:
         self._optimizer_steps = -1
         self._copies: list[torch.Tensor | None] | None = None
         self._outputs: list[StorageWeakRef] = []
+        self._attack: object | None = None
         self.refreshes = 0
         _steps.add(self)
 
@@ -169,8 +173,11 @@ class HoistedStep:
         return any(id(weight) in tensors for weight, *_ in self._weights or ())
 
     def _continues_attack(self, inputs: Sequence[Any]) -> bool:
-        if self._always_refresh or not self._outputs:
+        if self._always_refresh:
             return False
+        attack, self._attack = self._attack, _attack.get()
+        if attack is not None and attack is self._attack:
+            return True
         return not _storages(inputs).isdisjoint(reference.cdata for reference in self._outputs)
 
     def _are_unchanged(self, weights: Sequence[torch.Tensor]) -> bool:
@@ -245,6 +252,19 @@ def _in_layout(value: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
     if value.is_mkldnn or value.stride() == expected.stride():
         return value
     return torch.empty_strided(value.shape, expected.stride(), dtype=value.dtype, device=value.device).copy_(value)
+
+
+_attack: ContextVar[object | None] = ContextVar("attack", default=None)
+
+
+@contextmanager
+def one_attack() -> Iterator[None]:
+    """Have compiled steps that are called in the block take its calls for steps of one attack."""
+    token = _attack.set(object())
+    try:
+        yield
+    finally:
+        _attack.reset(token)
 
 
 _steps: weakref.WeakSet[HoistedStep] = weakref.WeakSet()

@@ -1,0 +1,387 @@
+"""Auto-PGD: projected gradient ascent that finds its step size by itself.
+
+Sources: Croce & Hein 2020, "Reliable evaluation of adversarial robustness with an ensemble of diverse parameter-free
+attacks", algorithm 1 (Linf, L2); Croce & Hein 2021, "Mind the box: l1-APGD for sparse adversarial attacks on image
+classifiers" (L1).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from ..errors import AttackError, OptionError
+from ..runtime import Query
+from ..runtime.losses import LABEL_LOSSES, Loss
+from .base import Attack, check_finite, per_sample
+from .norms import Norm, NormName, get_norm
+
+MOMENTUM = 0.75
+FIRST_PERIOD, SHORTEST_PERIOD, PERIOD_DECREASE = 0.22, 0.06, 0.03
+"""Checkpoints of Linf and L2, in shares of the steps."""
+L1_PERIOD = 0.04
+L1_SPARSITY = 0.2
+L1_SPARSER = 1.5
+L1_STEP_DECREASE, L1_STEP_RANGE = 1.5, 10.0
+L1_STAGES = ((3.0, 0.3), (2.0, 0.3), (1.0, 0.4))
+"""With ``large_eps``: radius in ``eps`` and share of the steps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class APGD(Attack):
+    """Auto-PGD.
+
+    Attributes:
+        norm: ``"linf"``, ``"l2"`` or ``"l1"``.
+        eps: Radius of the ball.
+        steps: How many steps; nothing else has to be chosen.
+        restarts: Independent runs, each on the samples that no earlier one has fooled.
+        loss: ``"ce"``, ``"dlr"``, ``"dlr-targeted"`` (against ``targeted``), ``"margin"``, or a function from logits
+            and labels ``(N,)`` to losses ``(N,)``.
+        rho: Share of steps that have to increase the loss for the step size to stay.
+        eot: Gradients to average at every step.
+        large_eps: Begin in balls three and two times as large; as AutoAttack does for L1.
+        stop_at_success: A sample that is fooled leaves the batch. What is returned for samples that are not fooled is
+            the same.
+    """
+
+    norm: NormName = "linf"
+    eps: float = 8 / 255
+    steps: int = 100
+    restarts: int = 1
+    loss: str | Loss = "ce"
+    rho: float = 0.75
+    eot: int = 1
+    large_eps: bool = False
+    stop_at_success: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        get_norm(self.norm)
+        if not self.eps > 0:
+            raise OptionError(f"eps has to be positive, not {self.eps}")
+        for name in ("steps", "restarts", "eot"):
+            if getattr(self, name) < 1:
+                raise OptionError(f"{name} has to be at least 1, not {getattr(self, name)}")
+        if isinstance(self.loss, str) and self.loss not in LABEL_LOSSES:
+            raise OptionError(f"no loss is called {self.loss!r}: there are {', '.join(LABEL_LOSSES)}")
+        if self.loss in ("dlr-targeted", "difference") and not self.targeted:
+            raise OptionError(f'the loss {self.loss!r} is about a target: pass targeted="second-best" or another')
+        if self.norm == "l1" and self.bounds is None:
+            raise OptionError("APGD in the L1 ball projects onto its intersection with the bounds, which are missing")
+
+    @property
+    def ball(self) -> Norm:
+        """The norm with its functions."""
+        return get_norm(self.norm)
+
+    def run(self, query: Query, x: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+        """See ``Attack.run``."""
+        result = x.clone()
+        losses = torch.full((len(x),), -torch.inf, dtype=x.dtype, device=x.device)
+        fooled = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        for _ in range(self.restarts):
+            rows = (~fooled).nonzero().squeeze(1)
+            if not len(rows):
+                break
+            start = self.start(x, generator)[rows]  # drawn for all: a sample's start does not depend on the others
+            found = self.maximize(query, x[rows], labels[rows], start)
+            better = found.fooled | (found.best_loss > losses[rows])
+            result[rows] = torch.where(per_sample(better, start), found.result(), result[rows])
+            losses[rows] = torch.where(better, found.best_loss, losses[rows])
+            fooled[rows] = found.fooled
+        return result
+
+    def start(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """A random point on the boundary of the ball; of the L1 ball, within the bounds."""
+        if self.norm == "linf":
+            noise = torch.empty_like(x).uniform_(-1, 1, generator=generator)
+        else:
+            noise = torch.empty_like(x).normal_(generator=generator)
+        if self.norm == "l1":
+            return x + self._project_l1(x, noise, self.eps)
+        tiny = torch.finfo(x.dtype).tiny
+        return self.clip(x + self.eps * noise / per_sample(self.ball.of(noise).clamp(min=tiny), x))
+
+    def maximize(self, query: Query, x: Tensor, labels: Tensor, start: Tensor) -> _State:
+        """One run from ``start``, through larger balls first if ``large_eps``."""
+        if not self.large_eps:
+            return self._climb(query, x, labels, start, self.eps, self.steps)
+        found = None
+        spent = 0
+        for factor, share in L1_STAGES:
+            steps = self.steps - spent if factor == 1 else int(share * self.steps)
+            spent += steps
+            if not steps:
+                continue
+            if found is not None:
+                start = found.best
+            if self.norm == "l1":
+                start = x + self._project_l1(x, start - x, factor * self.eps)
+            else:
+                start = self.clip(x + self.ball.project(start - x, factor * self.eps))
+            found = self._climb(query, x, labels, start, factor * self.eps, steps, leave=factor == 1)
+        assert found is not None
+        return found
+
+    def _climb(
+        self, query: Query, x: Tensor, labels: Tensor, start: Tensor, eps: float, steps: int, *, leave: bool = True
+    ) -> _State:
+        """The algorithm itself, in a ball of radius ``eps``."""
+        losses, logits, gradient = self._ask(query, start, labels)
+        check_finite(logits)
+        state = _State.at(x, labels, start, losses, gradient, self.is_fooled(logits, labels))
+        state.step_size = torch.full_like(losses, eps if self.norm == "l1" else 2 * eps)
+        state.density = torch.full_like(losses, L1_SPARSITY)
+        state.history = losses[:, None].expand(-1, steps + 1).clone()
+        ended = _Ended(state)
+        can_leave = leave and self.stop_at_success and query.separable and query.runtime.active_set
+        period = max(int((L1_PERIOD if self.norm == "l1" else FIRST_PERIOD) * steps), 1)
+        since = 0
+        for step in query.steps(steps, self.name):
+            if can_leave:
+                state = ended.leave(state)
+                if not len(state.x):
+                    break
+            moved = self._move(state, eps, first=step == 0)
+            state.previous, state.point = state.point, moved
+            losses, logits, state.gradient = self._ask(query, moved, state.labels)
+            state.history[:, step + 1] = losses
+            state.record(losses, self.is_fooled(logits, state.labels))
+            since += 1
+            if since == period:
+                since = 0
+                if self.norm == "l1":
+                    self._check_l1(state, eps)
+                else:
+                    self._check(state, step + 1, period)
+                    shorter = period - max(int(PERIOD_DECREASE * steps), 1)
+                    period = max(shorter, int(SHORTEST_PERIOD * steps), 1)
+        return ended.all(state)
+
+    def _ask(self, query: Query, point: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        losses, logits, gradient = query.gradient(point, labels, self.loss)
+        for _ in range(self.eot - 1):
+            more = query.gradient(point, labels, self.loss)
+            losses, logits, gradient = losses + more[0], logits + more[1], gradient + more[2]
+        targets_itself = self.loss in ("dlr-targeted", "difference")
+        sign = -1 if self.targeted and not targets_itself else 1
+        return sign * losses / self.eot, logits / self.eot, sign * gradient / self.eot
+
+    # --- One step, by norm --------------------------------------------------------------------------------------------
+
+    def _move(self, state: _State, eps: float, *, first: bool) -> Tensor:
+        x, point = state.x, state.point
+        step_size = per_sample(state.step_size, x)
+        if self.norm == "l1":
+            sparse = _largest(state.gradient, state.density).sign()
+            step = step_size * sparse / per_sample(sparse.abs().flatten(1).sum(1) + 1e-10, x)
+            return x + self._project_l1(x, point + step - x, eps)
+        ahead = self.clip(x + self.ball.project(point + step_size * self.ball.normalize(state.gradient) - x, eps))
+        weight = 1.0 if first else MOMENTUM
+        moved = point + weight * (ahead - point) + (1 - weight) * (point - state.previous)
+        return self.clip(x + self.ball.project(moved - x, eps))
+
+    def _project_l1(self, x: Tensor, delta: Tensor, eps: float) -> Tensor:
+        assert self.bounds is not None
+        return project_l1(x, delta, eps, self.bounds)
+
+    def _check(self, state: _State, step: int, period: int) -> None:
+        """Halve the step size and go back to the best point where the loss oscillates or has not improved."""
+        recent = state.history[:, step - period : step + 1]
+        increases = (recent[:, 1:] > recent[:, :-1]).sum(1)
+        stuck = increases <= self.rho * period
+        stuck |= ~state.was_reduced & (state.best_at_check >= state.best_loss)
+        state.was_reduced = stuck
+        state.best_at_check = state.best_loss.clone()
+        state.step_size = torch.where(stuck, state.step_size / 2, state.step_size)
+        state.go_back(stuck)
+
+    def _check_l1(self, state: _State, eps: float) -> None:
+        """Adapt the density of the steps to that of the best perturbation, and their size to whether that changes."""
+        nonzero = (state.best - state.x).flatten(1).ne(0).sum(1).to(state.density.dtype)
+        features = state.x[0].numel()
+        before = torch.where(state.nonzero > 0, state.nonzero, torch.full_like(nonzero, features))
+        sparser = nonzero / before < 0.95
+        state.density = nonzero / features / L1_SPARSER
+        smaller = (state.step_size / L1_STEP_DECREASE).clamp(eps / L1_STEP_RANGE, eps)
+        state.step_size = torch.where(sparser, torch.full_like(smaller, eps), smaller)
+        state.nonzero = nonzero
+        state.go_back(sparser)
+
+
+def project_l1(x: Tensor, delta: Tensor, eps: float, bounds: tuple[float, float]) -> Tensor:
+    """The point closest to ``delta`` in the L1 ball for which ``x + delta`` is within the bounds.
+
+    Every coordinate becomes ``min(max(|delta| - threshold, 0), room)`` (Croce & Hein 2021, proposition 2.1); the sum of
+    these falls with the threshold, linearly between kinks, among which the right one is found by bisection.
+    """
+    low, high = bounds
+    magnitude, sign = delta.flatten(1).abs(), delta.flatten(1).sign()
+    flat = x.flatten(1)
+    room = torch.where(sign > 0, high - flat, flat - low).clamp(min=0)
+
+    def total(threshold: Tensor) -> Tensor:
+        return torch.minimum((magnitude - threshold).clamp(min=0), room).sum(1, keepdim=True)
+
+    zero = torch.zeros(len(x), 1, dtype=x.dtype, device=x.device)
+    kinks = torch.cat([zero, magnitude, (magnitude - room).clamp(min=0)], dim=1).sort(dim=1).values
+    first = torch.zeros(len(x), 1, dtype=torch.int64, device=x.device)
+    last = torch.full_like(first, kinks.shape[1] - 1)  # where the total is zero
+    for _ in range(kinks.shape[1].bit_length()):
+        middle = (first + last) // 2
+        is_within = total(kinks.gather(1, middle)) <= eps
+        first, last = torch.where(is_within, first, middle), torch.where(is_within, middle, last)
+    # The total is within eps at ``last`` and, unless that is the very first kink, above it at the one before.
+    right, left = kinks.gather(1, last), kinks.gather(1, (last - 1).clamp(min=0))
+    above, below = total(left), total(right)
+    tiny = torch.finfo(x.dtype).tiny
+    threshold = torch.where(above > eps, left + (right - left) * (above - eps) / (above - below).clamp(min=tiny), right)
+    return (sign * torch.minimum((magnitude - threshold).clamp(min=0), room)).view_as(delta)
+
+
+def _largest(gradient: Tensor, density: Tensor) -> Tensor:
+    """The gradient where it is among the largest, everywhere else zero."""
+    flat = gradient.flatten(1)
+    features = flat.shape[1]
+    index = ((1 - density) * features).long().clamp(0, features - 1)
+    threshold = flat.abs().sort(dim=1).values.gather(1, index[:, None])
+    return (flat * (flat.abs() >= threshold)).view_as(gradient)
+
+
+@dataclass
+class _State:
+    """Where each run is. All tensors have a row for each."""
+
+    x: Tensor
+    labels: Tensor
+    point: Tensor
+    previous: Tensor
+    gradient: Tensor
+    best: Tensor
+    best_gradient: Tensor
+    best_loss: Tensor
+    fooling: Tensor
+    fooled: Tensor
+    best_at_check: Tensor
+    was_reduced: Tensor
+    step_size: Tensor
+    density: Tensor
+    nonzero: Tensor
+    history: Tensor
+
+    @staticmethod
+    def at(x: Tensor, labels: Tensor, start: Tensor, losses: Tensor, gradient: Tensor, fooled: Tensor) -> _State:
+        """All runs at their start."""
+        return _State(
+            x=x,
+            labels=labels,
+            point=start,
+            previous=start,
+            gradient=gradient,
+            best=start.clone(),
+            best_gradient=gradient.clone(),
+            best_loss=losses.clone(),
+            fooling=start.clone(),
+            fooled=fooled,
+            best_at_check=losses.clone(),
+            was_reduced=torch.ones_like(fooled),
+            step_size=losses,
+            density=losses,
+            nonzero=torch.zeros_like(losses),
+            history=losses[:, None],
+        )
+
+    def record(self, losses: Tensor, fooled: Tensor) -> None:
+        """Take note of the point where every run is now."""
+        better = losses > self.best_loss
+        self.best = torch.where(per_sample(better, self.best), self.point, self.best)
+        self.best_gradient = torch.where(per_sample(better, self.best), self.gradient, self.best_gradient)
+        self.best_loss = torch.where(better, losses, self.best_loss)
+        self.fooling = torch.where(per_sample(fooled, self.best), self.point, self.fooling)
+        self.fooled = self.fooled | fooled
+
+    def go_back(self, rows: Tensor) -> None:
+        """Return some runs to their best point."""
+        self.point = torch.where(per_sample(rows, self.point), self.best, self.point)
+        self.gradient = torch.where(per_sample(rows, self.point), self.best_gradient, self.gradient)
+
+    def result(self) -> Tensor:
+        """A point that fools the model where one was found, else that of the largest loss."""
+        return torch.where(per_sample(self.fooled, self.best), self.fooling, self.best)
+
+    def take(self, rows: Tensor) -> _State:
+        """Some of the runs."""
+        return _State(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
+
+
+class _Ended:
+    """Runs that have left, and where they were among all."""
+
+    def __init__(self, state: _State) -> None:
+        self._all = state.take(torch.arange(len(state.x), device=state.x.device))
+        self._rows = torch.arange(len(state.x), device=state.x.device)
+
+    def leave(self, state: _State) -> _State:
+        """Put runs aside that have fooled the model; returns the others."""
+        if not bool(state.fooled.any()):
+            return state
+        self._store(state)
+        rows = (~state.fooled).nonzero().squeeze(1)
+        self._rows = self._rows[rows]
+        return state.take(rows)
+
+    def all(self, state: _State) -> _State:
+        """All runs, given those that have not left."""
+        self._store(state)
+        return self._all
+
+    def _store(self, state: _State) -> None:
+        for field in fields(state):
+            getattr(self._all, field.name)[self._rows] = getattr(state, field.name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetedAPGD(APGD):
+    """APGD with the targeted DLR loss against several classes in turn.
+
+    Source: Croce & Hein 2020, section 4.2.
+
+    Attributes:
+        targets: How many classes: those with the largest clean logits besides the label.
+    """
+
+    loss: str | Loss = "dlr-targeted"
+    targets: int = 9
+
+    can_be_targeted = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "targeted", None)
+        Attack.__post_init__(self)
+        get_norm(self.norm)
+        if self.targets < 1:
+            raise OptionError(f"targets has to be at least 1, not {self.targets}")
+
+    def run(self, query: Query, x: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+        """See ``Attack.run``."""
+        if query.classes < 4:
+            raise AttackError(f"the targeted DLR loss needs at least 4 classes, and the model has {query.classes}")
+        logits = query.logits(x)
+        check_finite(logits)
+        order = logits.scatter(1, labels[:, :1], -torch.inf).argsort(dim=1, descending=True)
+        result = x.clone()
+        fooled = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        for _ in range(self.restarts):
+            for place in range(min(self.targets, query.classes - 1)):
+                start = self.start(x, generator)
+                rows = (~fooled).nonzero().squeeze(1)
+                if not len(rows):
+                    return result
+                aimed = torch.stack([labels[:, 0], order[:, place]], dim=1)[rows]
+                found = self.maximize(query, x[rows], aimed, start[rows])
+                result[rows] = found.result()
+                fooled[rows] = found.fooled
+        return result

@@ -1,0 +1,82 @@
+"""AutoAttack: the ensemble by which robust accuracy is reported.
+
+Source: Croce & Hein 2020, "Reliable evaluation of adversarial robustness with an ensemble of diverse parameter-free
+attacks", section 5; for L1 Croce & Hein 2021, "Mind the box", section 6.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import OptionError
+from ..runtime import Query
+from .apgd import APGD, TargetedAPGD
+from .base import Attack, check_finite
+from .fab import FAB
+from .norms import NormName, get_norm
+from .square import Square
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoAttack(Attack):
+    """APGD on cross entropy, targeted APGD, FAB-T and Square, each on what those before it have not fooled.
+
+    The standard ensemble with its standard settings: 100 steps, 9 target classes, 5000 queries. Misclassified samples
+    are returned as they came.
+
+    Attributes:
+        norm: ``"linf"``, ``"l2"`` or ``"l1"``.
+        eps: Radius of the ball.
+        steps: Of the gradient attacks; 100 is standard.
+        queries: Of Square; 5000 is standard.
+        targets: Classes that the targeted attacks aim at; 9 is standard. Fewer if the model has fewer classes.
+    """
+
+    norm: NormName = "linf"
+    eps: float = 8 / 255
+    steps: int = 100
+    queries: int = 5000
+    targets: int = 9
+
+    can_be_targeted = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        get_norm(self.norm)
+        if self.bounds is None:
+            raise OptionError("AutoAttack needs bounds: pass the smallest and the largest input")
+        _ = self.parts  # whose checks are this one's
+
+    @property
+    def parts(self) -> tuple[Attack, ...]:
+        """The attacks in their order."""
+        ball = {"norm": self.norm, "eps": self.eps, "bounds": self.bounds}
+        large = {"large_eps": self.norm == "l1"}
+        return (
+            APGD(steps=self.steps, **ball, **large),  # type: ignore[arg-type]
+            TargetedAPGD(steps=self.steps, targets=self.targets, **ball, **large),  # type: ignore[arg-type]
+            FAB(steps=self.steps, targets=self.targets, stop_at_success=True, **ball),  # type: ignore[arg-type]
+            Square(queries=self.queries, **ball),  # type: ignore[arg-type]
+        )
+
+    def run(self, query: Query, x: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+        """See ``Attack.run``."""
+        logits = query.logits(x)
+        check_finite(logits)
+        result = x.clone()
+        rows = (~self.is_fooled(logits, labels)).nonzero().squeeze(1)
+        for part in query.watch(self.usable_parts(query.classes), self.name):
+            if not len(rows):
+                break
+            found = part.run(query, x[rows], labels[rows], generator)
+            fooled = self.is_fooled(query.logits(found), labels[rows])
+            result[rows[fooled]] = found[fooled]
+            rows = rows[~fooled]
+        return result
+
+    def usable_parts(self, classes: int) -> list[Attack]:
+        """The parts that make sense for a number of classes: the targeted DLR loss needs four."""
+        return [part for part in self.parts if classes >= 4 or not isinstance(part, TargetedAPGD)]

@@ -1,0 +1,8 @@
+"""What owns the loop of an attack: it compiles the model once, knows when weights are constant, and leaves no trace.
+
+Attacks ask it for gradients and logits and know nothing of compilation; ``Runtime`` says how these are computed.
+"""
+
+from .runtime import Query, Runtime
+
+__all__ = ["Query", "Runtime"]

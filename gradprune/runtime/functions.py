@@ -1,0 +1,189 @@
+"""The functions that are compiled: gradient and logits of one model, for batches of a few sizes.
+
+Note [Sizes]: a compiled step is specialised to the size of its batch, and compiling another takes as long as the first.
+So only two sizes are ever asked for: the largest batch seen so far and a quarter of it. Any number of rows is cut into
+these, and the last piece is filled up with copies of its first row, which costs less than a quarter of a batch. That
+makes it possible for samples to leave an attack that is over for them, and for the last batch of a data set to be a
+smaller one. It requires that samples do not see each other, which batch norm in training mode breaks: then a batch is
+computed as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..compile import compile as compile_step
+
+Answer = tuple[Tensor, Tensor, Tensor]
+"""Losses ``(N,)``, logits ``(N, classes)`` and the gradient of the sum of the losses, shaped like the inputs."""
+
+QUARTER = 4
+
+
+def gradient_function(
+    model: Callable[[Tensor], Tensor], loss: Callable[..., Tensor], autocast: torch.dtype | None
+) -> Any:
+    """``(x, labels, *more) -> Answer`` for a loss ``(logits, labels, *more) -> (N,)``."""
+
+    def gradient(x: Tensor, labels: Tensor, *more: Tensor) -> Answer:
+        x = x.detach().requires_grad_(True)
+        with torch.autocast(x.device.type, autocast, enabled=autocast is not None):
+            logits = model(x)
+        if logits.dtype in (torch.float16, torch.bfloat16):
+            logits = logits.float()
+        losses = loss(logits, labels, *more)
+        (direction,) = torch.autograd.grad(losses.sum(), x)
+        return losses.detach(), logits.detach(), direction
+
+    return gradient
+
+
+def logits_function(model: Callable[[Tensor], Tensor], autocast: torch.dtype | None) -> Any:
+    """``x -> logits``, without anything that a backward pass would need."""
+
+    def logits(x: Tensor) -> Tensor:
+        with torch.no_grad(), torch.autocast(x.device.type, autocast, enabled=autocast is not None):
+            values = model(x)
+        return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+
+    return logits
+
+
+class Sized:
+    """A function of batches, compiled for at most two sizes, see Note [Sizes].
+
+    Attributes:
+        compilations: How many sizes have been compiled.
+    """
+
+    def __init__(self, function: Any, compile_one: Callable[[Any], Any] | None) -> None:
+        self._function = function
+        self._compile_one = compile_one
+        self._largest = 0
+        self._compiled: dict[int, Any] = {}
+        self.compilations = 0
+
+    def __call__(self, x: Tensor, *others: Tensor, separable: bool = True, batch: int | None = None) -> Any:
+        """Call the function on all rows of ``x`` and of ``others``, or on several parts of them.
+
+        Args:
+            x: Inputs ``(N, ...)``.
+            others: More arguments; those with as many rows as ``x`` are cut like it.
+            separable: Whether a row's result depends on that row alone.
+            batch: Rows to compute at once, at most.
+        """
+        if self._compile_one is None and (batch is None or len(x) <= batch):
+            return self._function(x, *others)
+        if not separable:
+            return self._of_size(len(x))(x, *others)
+        self._largest = max(self._largest, batch or len(x))
+        pieces = [
+            self._padded(size, x[begin:end], *(_rows(other, begin, end, len(x)) for other in others))
+            for size, begin, end in self._cuts(len(x))
+        ]
+        if len(pieces) == 1:
+            return pieces[0]
+        if isinstance(pieces[0], Tensor):
+            return torch.cat(pieces)
+        return tuple(torch.cat(parts) for parts in zip(*pieces, strict=True))
+
+    def _cuts(self, rows: int) -> Iterator[tuple[int, int, int]]:
+        """How ``rows`` rows are cut: size computed, first row, row behind the last."""
+        small = -(-self._largest // QUARTER)
+        begin = 0
+        while begin < rows:
+            left = rows - begin
+            size = self._largest if left > (QUARTER - 1) * small else small
+            yield size, begin, begin + min(size, left)
+            begin += size
+
+    def _padded(self, size: int, x: Tensor, *others: Tensor) -> Any:
+        missing = size - len(x)
+        if missing:
+            rows = len(x)
+            x, *filled = (_filled(value, rows, missing) for value in (x, *others))
+            result = self._of_size(size)(x, *filled)
+            return result[:rows] if isinstance(result, Tensor) else tuple(part[:rows] for part in result)
+        return self._of_size(size)(x, *others)
+
+    def _of_size(self, size: int) -> Any:
+        if self._compile_one is None:
+            return self._function
+        if size not in self._compiled:
+            plain = self._function
+            # Dynamo allows a few compilations for each code object, so each size has one of its own.
+            own = FunctionType(plain.__code__.replace(), plain.__globals__, plain.__name__, closure=plain.__closure__)
+            self._compiled[size] = self._compile_one(own)
+            self.compilations += 1
+        return self._compiled[size]
+
+
+def _rows(value: Tensor, begin: int, end: int, rows: int) -> Tensor:
+    return value[begin:end] if value.ndim and len(value) == rows else value
+
+
+def _filled(value: Tensor, rows: int, missing: int) -> Tensor:
+    if not value.ndim or len(value) != rows:
+        return value
+    return torch.cat([value, value[:1].expand(missing, *value.shape[1:])])
+
+
+class Functions:
+    """The functions of one model, kept with the model so that they go when it goes.
+
+    A copy of the model, or one that is saved and loaded, has none.
+
+    Attributes:
+        classes: How many classes the model tells apart, by the shape of one input.
+    """
+
+    ATTRIBUTE = "_gradprune_functions"
+
+    def __init__(self) -> None:
+        self._functions: dict[Any, Sized] = {}
+        self.classes: dict[torch.Size, int] = {}
+
+    @staticmethod
+    def of(model: Any) -> Functions:
+        """The functions kept with ``model``."""
+        try:
+            attributes = vars(model)
+        except TypeError:
+            return Functions()  # a callable that nothing can be kept with
+        return attributes.setdefault(Functions.ATTRIBUTE, Functions())  # type: ignore[no-any-return]
+
+    def get(self, key: Any, make: Callable[[], Sized]) -> Sized:
+        """The function kept under ``key``, made if there is none."""
+        if key not in self._functions:
+            self._functions[key] = make()
+        return self._functions[key]
+
+    @property
+    def compilations(self) -> int:
+        """How many times the model has been compiled."""
+        return sum(function.compilations for function in self._functions.values())
+
+    def __copy__(self) -> Functions:
+        return Functions()
+
+    def __deepcopy__(self, memo: Any) -> Functions:
+        return Functions()
+
+    def __reduce__(self) -> Any:
+        return Functions, ()
+
+
+def compiler(options: dict[str, Any], *, forward_only: bool = False) -> Callable[[Any], Any]:
+    """What compiles a function with gradprune, for one size."""
+    return lambda function: compile_step(function, dynamic=False, **{**options, "forward_only": forward_only})
+
+
+def original(model: Any) -> Any:
+    """The model behind ``torch.compile`` or ``accelerate``: the step is compiled as a whole."""
+    model = getattr(model, "_gradprune_original", model)
+    return model._orig_mod if isinstance(model, nn.Module) and hasattr(model, "_orig_mod") else model
