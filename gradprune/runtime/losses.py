@@ -1,7 +1,7 @@
 """What attacks maximise, per sample.
 
-Note [One graph for all losses]: compiling a network takes seconds to minutes, and what the losses add to it is a handful
-of operations on logits. So the graph that attacks compile holds all losses of labels, and one index says which of them
+Note [One graph for all losses]: compiling a network takes seconds to minutes, and what the losses add to it is a few
+operations on logits. So the graph that attacks compile holds all losses of labels, and one index says which of them
 is differentiated; PGD, APGD with either of its losses, FAB and C&W share one compilation. A loss of the user's own, and
 the divergence from clean probabilities, have a graph of their own.
 """
