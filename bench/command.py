@@ -34,6 +34,8 @@ Measure one step of PGD in the Linf ball, on random weights and random inputs, e
 
 All run in turn in one process. Each is first checked against float64 at two points and with x_adv = x; what fails is
 shown as failed and not timed. Everything is written as raw JSON with the environment, a Markdown table and a plot.
+
+"attacks" runs whole attacks instead, beside the same ones of Torchattacks where that is installed.
 """
 
 EPILOG = """\
@@ -44,6 +46,7 @@ examples:
   gradprune bench step --device cuda --autocast fp16          on a GPU, in half precision
   gradprune bench scaling --cases resnet50-112 --batches 1 8 64
   gradprune bench ablation --cases resnet18-112-b8            each pass off in turn
+  gradprune bench attacks --cases mnist-cnn --attacks pgd-50  one whole attack, and the other two tables
   gradprune bench table --output bench/results/cpu-1-thread   tables and plots again from the JSON there
 
 A run that was interrupted goes on where it stopped when it is started again: a case that is in the JSON with all
@@ -57,10 +60,18 @@ HELP = {
     "overhead": "the same as step on a network so small that only the overhead of a call is left",
     "compile": "seconds until the first step has run, with empty and with filled caches, in processes of their own",
     "kernels": "the isolated-kernel limit: convolutions and linear layers alone, by every kernel at hand",
+    "attacks": "whole attacks beside Torchattacks; what the runtime costs, and what the active set saves",
     "table": "write tables and plots again from JSON files, without measuring",
 }
 
 TIMED = ("step", "scaling", "ablation", "overhead")
+DEFAULT_CASES = {
+    "scaling": ("resnet18-112-b8",),
+    "ablation": ("resnet18-112-b8",),
+    "attacks": ("mnist-cnn-b128", "resnet18-112-b8"),
+}
+"""Of the benchmarks that do not run on all cases by default."""
+
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 RESULTS = Path("bench/results")
 EXTRAS = ("matplotlib", "tqdm")
@@ -92,17 +103,24 @@ def _add_options(parser: argparse.ArgumentParser, kind: str) -> None:
     if kind == "table":
         return
     if kind != "overhead":
-        default = "resnet18-112-b8" if kind in ("scaling", "ablation") else "all"
+        default = " ".join(DEFAULT_CASES.get(kind, ("all",)))
         add("--cases", nargs="+", metavar="CASE", help=f"such as resnet18-112-b8, any batch (default: {default})")
     if kind == "scaling":
         add("--batches", nargs="+", default=BATCHES, help="batches to compare (default: 1 2 4 ... 64)", **whole)
     elif kind != "overhead":
         add("--batch", help="batch of all cases (default: that in their names)", **whole)
-    if kind not in ("ablation", "kernels"):
+    if kind not in ("ablation", "kernels", "attacks"):
         add("--candidates", nargs="+", metavar="NAME", help="as listed by bench --help (default: all that fit)")
     if kind in TIMED:
         add("--steps", default=10, help="steps of an attack (default: 10)", **whole)
         add("--seconds", default=120, help="timing per case, but at least 3 rounds (default: 120)", **whole)
+    if kind == "attacks":
+        from .record import PARTS
+
+        add("--attacks", nargs="+", metavar="NAME", help="such as fgsm, pgd-50, apgd-ce (default: all)")
+        parts = "beside Torchattacks, beside the bare step, with samples leaving (default: all three)"
+        add("--parts", nargs="+", choices=PARTS, default=PARTS, help=parts)
+        add("--seconds", default=60, help="timing per attack, but at least 3 rounds (default: 60)", **whole)
     if kind != "compile":
         add("--rounds", default=9, help="measurements of each, at most (default: 9)", **whole)
     if kind == "step":
@@ -131,6 +149,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.kind == "table":
         _check_packages(EXTRAS)
         return _rewrite(arguments.output or RESULTS)
+    from .attack_candidates import choose_methods, torchattacks_version
+    from .attacks import measure_attacks
     from .baselines import ablations, choose
     from .measure import Budget, configured
     from .record import Results
@@ -141,7 +161,9 @@ def run(arguments: argparse.Namespace) -> int:
     cases = _cases(arguments)
     keys = getattr(arguments, "candidates", None)
     baselines = ablations() if arguments.kind == "ablation" else choose(keys, settings.device)
-    _check_packages({*EXTRAS, *(case.requires for case in cases if case.requires)})
+    methods, parts = choose_methods(getattr(arguments, "attacks", None)), getattr(arguments, "parts", ())
+    digits = {"sklearn"} if "active-set" in parts else set()
+    _check_packages({*EXTRAS, *digits, *(case.requires for case in cases if case.requires)})
     if arguments.kind != "kernels" and any(baseline.compiles for baseline in baselines):
         check_compiler()
     folder = arguments.output or RESULTS / _folder_name(settings)
@@ -152,11 +174,15 @@ def run(arguments: argparse.Namespace) -> int:
         for kind in kinds:
             # What takes no steps must not depend on how many the others take.
             own = settings if kind in TIMED else dataclasses.replace(settings, steps=1)
-            files.append(Results(folder / f"{kind}.json", own, here))
+            more = {"torchattacks": torchattacks_version()} if kind == "attacks" else {}
+            files.append(Results(folder / f"{kind}.json", own, {**here, **more}))
             if not arguments.fresh:
                 files[-1].resume()
         for results in files:
-            _measure(results, cases, baselines, budget)
+            if results.kind == "attacks":
+                measure_attacks(results, cases, methods, parts, budget)
+            else:
+                _measure(results, cases, baselines, budget)
             print(_write(results), flush=True)
     print(f"Saved in {folder}: {', '.join(f'{kind}.json, {kind}.md, {kind}.png' for kind in kinds)}.")
     return 0
@@ -245,7 +271,7 @@ def _cases(arguments: argparse.Namespace) -> list[Case]:
 
     if arguments.kind == "overhead":
         return [TINY]
-    every = ["resnet18-112-b8"] if arguments.kind in ("scaling", "ablation") else [case.name for case in CASES]
+    every = DEFAULT_CASES.get(arguments.kind) or [case.name for case in CASES]
     chosen = [find_case(name) for name in arguments.cases or every]
     if arguments.kind == "scaling":
         chosen = [dataclasses.replace(case, batch=batch) for case in chosen for batch in arguments.batches]

@@ -76,6 +76,11 @@ def synchronize(device: str | torch.device) -> None:
         torch.cuda.synchronize()
 
 
+def load_average() -> float | None:
+    """Load average of the machine over a minute, where the system tells it."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
 @dataclass(frozen=True)
 class Reference:
     """What candidates have to agree with.
@@ -142,7 +147,7 @@ def measure_case(case: Case, baselines: Sequence[Baseline], settings: Settings, 
 
     # Candidates of all cases share the code that Dynamo keys its memory of shapes by.
     torch.compiler.reset()
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    load = load_average()
     with stage(f"{case.name}: building, float64 gradients"):
         work = case.prepare(settings.device, channels_last=settings.channels_last)
         reference = Reference.of(work, settings)
@@ -159,8 +164,8 @@ def measure_case(case: Case, baselines: Sequence[Baseline], settings: Settings, 
             try:
                 contender, figured, report = _enter(baseline, reference, settings)
             except Exception as error:  # whatever a compiler may raise: the others are measured all the same
-                records[baseline.name] = replace(record, failed=_reason(error))
-                print(f"{baseline.name} failed: {_reason(error)}", file=sys.stderr, flush=True)
+                records[baseline.name] = replace(record, failed=reason(error))
+                print(f"{baseline.name} failed: {reason(error)}", file=sys.stderr, flush=True)
                 continue
         passed.append(contender)
         records[baseline.name] = replace(record, **figured)
@@ -284,7 +289,7 @@ def _finish(contender: Contender, reference: Reference, settings: Settings) -> d
     return figured
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """One line about why a candidate cannot be measured."""
     first = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
     return first if isinstance(error, CheckFailed) else f"{type(error).__name__}: {first}"

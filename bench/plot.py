@@ -9,18 +9,42 @@ from typing import Any
 from gradprune.demo.files import replacing
 
 from .cases import find_case
-from .record import EAGER_BACKWARD, FROZEN, GRADPRUNE, Comparison, Ratio, Record, Results
+from .record import (
+    ACTIVE_SET,
+    EAGER_BACKWARD,
+    EVERY_PART,
+    FROZEN,
+    FULL_BATCH,
+    GRADPRUNE,
+    TORCHATTACKS,
+    TORCHATTACKS_COMPILED,
+    UNCOMPILED,
+    Comparison,
+    Contest,
+    Ratio,
+    Record,
+    Results,
+)
 from .tables import kernel_classes, rates
 
 OURS, OTHERS, SECOND = "#c1272d", "#7f9fbf", "#d0d7de"
-COMPARED = ("step", "ablation")
+COMPARED = ("step", "ablation", "attacks")
 LABELS = {
     "step": "times as fast as the best alternative (right of 1: faster), quartiles of the rounds",
     "ablation": "time per step without it / with all (right of 1: it helps), quartiles of the rounds",
     "overhead": "microseconds per step, quartiles of the rounds",
     "compile": "seconds until the first step has run: cold (dark) and warm (light)",
     "kernels": "GFLOP/s: best kernel (dark) and plain kernel (light)",
+    "attacks": "times as fast (right of 1: faster), quartiles of the rounds: whole attacks as Torchattacks (red), "
+    "as it frozen + compile(model) (blue),\nas gradprune without compilation (grey); digits: as without the active set "
+    "(red), as every part on all samples (blue)",
 }
+
+AGAINST = {
+    "attacks": (GRADPRUNE, {TORCHATTACKS: OURS, TORCHATTACKS_COMPILED: OTHERS, UNCOMPILED: SECOND}),
+    "active-set": (ACTIVE_SET, {FULL_BATCH: OURS, EVERY_PART: OTHERS}),
+}
+"""By part of ``bench attacks``: whose speed is shown, and relative to whom in which colour."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +80,15 @@ def _bars_of(results: Results, case: str) -> list[Bar]:
     """The bars of one case, from top to bottom."""
     one = Comparison(results.records, case)
     bars = []
-    if results.kind == "kernels":
+    if results.kind == "attacks":
+        for part, (candidate, rivals) in AGAINST.items():
+            for contest in Contest.all(results.records, part, case):
+                ratios = [(contest.ratio(candidate, rival), color) for rival, color in rivals.items()]
+                known = [(ratio, color) for ratio, color in ratios if ratio]
+                for i, (against, color) in enumerate(known):
+                    label = "" if i else contest.attack
+                    bars.append(Bar(label, against.median, against.low, against.high, color))
+    elif results.kind == "kernels":
         for (kind, direction), layers in kernel_classes(results.records, case).items():
             plain, best = rates(layers)
             bars += [Bar(f"{kind}, {direction}", best / 1e9), Bar("", plain / 1e9, color=SECOND)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -23,11 +23,25 @@ GRADPRUNE = "gradprune"
 TUNED_GRADPRUNE = "gradprune max-autotune"
 JAX = "jax jit(grad)"
 
+TORCHATTACKS = "Torchattacks"
+TORCHATTACKS_FROZEN = "Torchattacks, frozen"
+TORCHATTACKS_COMPILED = "Torchattacks, frozen + compile(model)"
+UNCOMPILED = "gradprune, not compiled"
+
+BARE_STEP, RUNTIME = "bare compiled step", "through the runtime"
+ACTIVE_SET, FULL_BATCH, EVERY_PART = "active set", "active_set=False", "every part on all samples"
+
 BASELINES = (EAGER_BACKWARD, EAGER_GRAD, FROZEN, COMPILED_MODEL, COMPILED_STEP)
 """What every candidate is compared with by name."""
 
 ALTERNATIVES = (FROZEN, COMPILED_MODEL, COMPILED_STEP, TUNED_MODEL)
 """What a user could do today; the fastest of these is "the best alternative"."""
+
+RIVALS = (TORCHATTACKS, TORCHATTACKS_FROZEN, TORCHATTACKS_COMPILED, UNCOMPILED)
+"""What every whole attack is compared with by name."""
+
+PARTS = ("attacks", "overhead", "active-set")
+"""Of ``bench attacks``."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +70,25 @@ class Settings:
         return f"{self.threads} thread{'s' * (self.threads > 1)}, {dtype}{layout}"
 
 
+class Timed:
+    """What has been timed, round after round."""
+
+    seconds: list[float]
+
+    @property
+    def median(self) -> float:
+        """Median of the seconds."""
+        return statistics.median(self.seconds)
+
+    @property
+    def iqr(self) -> float:
+        """Interquartile range of the seconds."""
+        low, high = quartiles(self.seconds)
+        return high - low
+
+
 @dataclass(frozen=True)
-class Record:
+class Record(Timed):
     """What was measured of one candidate on one case; ``None`` is what was not, or cannot be.
 
     Attributes:
@@ -99,17 +130,6 @@ class Record:
     differing: float | None = None
     load: float | None = None
 
-    @property
-    def median(self) -> float:
-        """Median of the seconds per step."""
-        return statistics.median(self.seconds)
-
-    @property
-    def iqr(self) -> float:
-        """Interquartile range of the seconds per step."""
-        low, high = quartiles(self.seconds)
-        return high - low
-
 
 @dataclass(frozen=True)
 class Kernels:
@@ -145,11 +165,67 @@ class Kernels:
         return self.count * seconds, name
 
 
-AnyRecord: TypeAlias = "Record | Kernels"
+@dataclass(frozen=True)
+class Attacked(Timed):
+    """What was measured of a whole attack, run in one way; ``None`` is what was not, or cannot be.
 
-KINDS: dict[str, type[Record] | type[Kernels]] = {
+    Attributes:
+        part: One of ``PARTS``.
+        case: Name of the case.
+        attack: Name of the attack.
+        candidate: Name of the way to run it.
+        failed: Why there are no figures; ``None`` if there are.
+        seconds: For every round, the seconds of the whole attack. Round ``i`` of all candidates of an attack on a case
+            ran in turn.
+        cold_seconds: Duration of the first attack, if it compiles, with empty disk caches.
+        eps: Radius of the ball, in the Linf norm.
+        norm: Name of the norm of ``distance``.
+        success_rate: Share of the inputs that the attack moved to another class than their label.
+        distance: Median norm of the perturbations that did.
+        differing: Share of the values of the adversarial examples that are not those of the first candidate, where the
+            attack draws nothing at random.
+        shown: Inputs that the network was shown during one attack, where it is not compiled.
+        outside: Of some attacks, the share of the time in which no compiled function ran.
+        other_verdicts: Samples that are fooled and were not by the whole batch, or the other way round.
+        compilations: How often the model was compiled.
+        load: Load average of the machine when the attack was begun.
+    """
+
+    part: str
+    case: str
+    attack: str
+    candidate: str
+    failed: str | None = None
+    seconds: list[float] = field(default_factory=list)
+    cold_seconds: float | None = None
+    eps: float | None = None
+    norm: str | None = None
+    success_rate: float | None = None
+    distance: float | None = None
+    differing: float | None = None
+    shown: int | None = None
+    outside: list[float] = field(default_factory=list)
+    other_verdicts: int | None = None
+    compilations: int | None = None
+    load: float | None = None
+
+    @property
+    def compile_seconds(self) -> float | None:
+        """What the first attack took longer than the others."""
+        return None if self.cold_seconds is None else max(0.0, self.cold_seconds - self.median)
+
+    @property
+    def outside_share(self) -> float | None:
+        """Median of ``outside``."""
+        return statistics.median(self.outside) if self.outside else None
+
+
+AnyRecord: TypeAlias = "Record | Kernels | Attacked"
+
+KINDS: dict[str, type[Record] | type[Kernels] | type[Attacked]] = {
     **dict.fromkeys(("step", "scaling", "ablation", "overhead", "compile"), Record),
     "kernels": Kernels,
+    "attacks": Attacked,
 }
 """By kind of run, and so by name of its file, what that holds."""
 
@@ -177,6 +253,12 @@ class Ratio:
         return Ratio(statistics.median(ratios), *quartiles(ratios))
 
 
+def _ratio(measured: Mapping[str, Timed], candidate: str, baseline: str | None) -> Ratio | None:
+    if baseline not in measured or candidate not in measured:
+        return None
+    return Ratio.paired(measured[baseline].seconds, measured[candidate].seconds)
+
+
 class Comparison:
     """The timed records of one case.
 
@@ -198,9 +280,7 @@ class Comparison:
 
     def ratio(self, candidate: str, baseline: str | None) -> Ratio | None:
         """How many times as fast as ``baseline`` a candidate is, ``None`` if one of them was not timed."""
-        if baseline not in self.measured or candidate not in self.measured:
-            return None
-        return Ratio.paired(self.measured[baseline].seconds, self.measured[candidate].seconds)
+        return _ratio(self.measured, candidate, baseline)
 
     def predicted_ratio(self, candidate: str) -> float | None:
         """How many times as fast as ``eager backward()`` it would be if only FLOPs counted."""
@@ -231,6 +311,51 @@ class Comparison:
             "best_alternative": self.best_alternative,
             "break_even_steps": self.break_even(candidate),
             "predicted_ratio": self.predicted_ratio(candidate),
+        }
+
+
+class Contest:
+    """The records of one attack on one case, in all the ways it was run.
+
+    Args:
+        records: All records of a file.
+        part: One of ``PARTS``.
+        case: Name of the case.
+        attack: Name of the attack.
+    """
+
+    def __init__(self, records: Sequence[AnyRecord], part: str, case: str, attack: str) -> None:
+        self.part, self.case, self.attack = part, case, attack
+        self.records = [
+            record
+            for record in records
+            if isinstance(record, Attacked) and (record.part, record.case, record.attack) == (part, case, attack)
+        ]
+        self.measured = {record.candidate: record for record in self.records if record.seconds}
+
+    @staticmethod
+    def all(records: Sequence[AnyRecord], part: str, case: str | None = None) -> list[Contest]:
+        """Those of one part, and of one case if it is given, each once and in their order."""
+        found = [record for record in records if isinstance(record, Attacked) and record.part == part]
+        keys = dict.fromkeys((one.case, one.attack) for one in found if case in (None, one.case))
+        return [Contest(found, part, *key) for key in keys]
+
+    def ratio(self, candidate: str, baseline: str) -> Ratio | None:
+        """How many times as fast as ``baseline`` a candidate is, ``None`` if one of them was not timed."""
+        return _ratio(self.measured, candidate, baseline)
+
+    def derived(self, candidate: str) -> dict[str, Any]:
+        """All that follows from the figures, for the readers of a JSON file."""
+        if candidate not in self.measured:
+            return {}
+        record = self.measured[candidate]
+        ratios = {name: self.ratio(candidate, name) for name in self.measured}
+        return {
+            "median_seconds": record.median,
+            "iqr_seconds": record.iqr,
+            "ratios": {name: asdict(ratio) for name, ratio in ratios.items() if ratio},
+            "compile_seconds": record.compile_seconds,
+            "outside_share": record.outside_share,
         }
 
 
@@ -314,7 +439,11 @@ class Results:
             instead_of: Case whose old records go: their rounds were not those of the new ones.
         """
         self.records = [*(old for old in self.records if old.case != instead_of), *records]
-        compared = {name: Comparison(self.records, name) for name in self.cases}
-        written = [{**asdict(one), "derived": compared[one.case].derived(one.candidate)} for one in self.records]
+        written = [{**asdict(one), "derived": self._derived(one)} for one in self.records]
         content = {"settings": asdict(self.settings), "environment": self.environment, "records": written}
         write_json(self.path, {"benchmark": self.kind, **content})
+
+    def _derived(self, one: AnyRecord) -> dict[str, Any]:
+        if isinstance(one, Attacked):
+            return Contest(self.records, one.part, one.case, one.attack).derived(one.candidate)
+        return Comparison(self.records, one.case).derived(one.candidate)

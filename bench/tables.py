@@ -7,12 +7,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from .cases import Case, find_case
 from .record import (
+    BARE_STEP,
     BASELINES,
     EAGER_BACKWARD,
+    EVERY_PART,
     FROZEN,
+    FULL_BATCH,
     GRADPRUNE,
+    RIVALS,
     AnyRecord,
+    Attacked,
     Comparison,
+    Contest,
     Kernels,
     Ratio,
     Record,
@@ -52,6 +58,29 @@ LEGENDS = {
 - GFLOP/s: FLOPs of all layers of a class over the time they take by themselves. plain: the kernel that eager calls;
   best: the fastest of all that were tried for each layer, weights already packed; who won is named with its layers.
 - limit: forward and input gradient of all layers, each the fastest way, one after another.""",
+    "attacks": """\
+- s: median over the rounds of the whole attack; IQR: its interquartile range. vs: how many times as fast as that way,
+  median of the ratios within each round; below 1 is slower. In brackets the quartiles of these ratios.
+- Torchattacks: the same algorithm with the same settings on live parameters; frozen: on a model whose parameters
+  require no gradient; frozen + compile(model): on torch.compile of that. gradprune: Runtime(), not compiled:
+  Runtime(compile=False), both with active_set=False: in Torchattacks, samples leave only where the algorithm says so.
+- Networks with more than ten classes are attacked as classifiers of their first ten: of more, DeepFool of Torchattacks
+  would look at all, which is another algorithm.
+- compile s: what the first attack took longer than the median, with empty disk caches and a compiler that is already
+  started; compilations: how often gradprune compiled the network (at most two batch sizes of gradients, two of logits).
+- shown: inputs that the network was shown during one attack, where it is not compiled. Where the ways differ in it,
+  they differ in what they do (CW of Torchattacks stops when its loss grows; what is random takes its own course).
+- success: inputs moved to another class; distance: median norm of these perturbations. pixels off: share of the
+  adversarial values that differ from those of Torchattacks by more than 1e-6, where the algorithm draws nothing at
+  random. DeepFool of Torchattacks overshoots at every step, the published algorithm and gradprune's at the end.
+- Every way was checked to return valid inputs within the ball; one that fails is not timed.
+- Overhead: PGD from the input itself. outside: share of an attack's time in which no compiled function ran, from a
+  clock around them; the median of some attacks that were not timed otherwise. vs bare step: the loop of `bench step`
+  over a step that is compiled as a whole, update included.
+- Active set: a network trained on handwritten digits, held-out digits and their true labels, in the smallest ball in
+  which a short PGD fools at least half of them. of full batch: time relative to the same attack with active_set=False.
+  AutoAttack drops what is fooled between its parts in any case; "every part on all samples" does not. other verdicts:
+  samples that are fooled and are not with active_set=False, or the other way round.""",
 }
 
 
@@ -66,7 +95,9 @@ def document(results: Results, limits: Sequence[AnyRecord] = ()) -> str:
         limits: Records of a kernels file with the same settings.
     """
     here, body = results.environment, []
-    if results.kind == "compile":
+    if results.kind == "attacks":
+        body += _attacks(results)
+    elif results.kind == "compile":
         found = [record for record in results.records if isinstance(record, Record)]
         head = ["case", "candidate", "cold s", "warm s"]
         body.append(
@@ -75,7 +106,7 @@ def document(results: Results, limits: Sequence[AnyRecord] = ()) -> str:
         body += _failures(found)
     elif results.kind not in ("kernels", "ablation"):
         body.append(_summary(results, limits))
-    for case in results.cases if results.kind != "compile" else ():
+    for case in results.cases if results.kind not in ("compile", "attacks") else ():
         one = Comparison(results.records, case)
         body.append(f"## {case}")
         if results.kind == "kernels":
@@ -201,12 +232,17 @@ def _summary(results: Results, limits: Sequence[AnyRecord]) -> str:
     return "## Summary\n\n" + grid([*head, "of limit"], rows)
 
 
+def _eps(size: float, like: float) -> str:
+    """A radius or a step size as it is usually written."""
+    return f"{size * 255:g}/255" if like < 0.1 else f"{size:g}"
+
+
 def _about(one: Comparison, case: Case, steps: int) -> str:
     """What was attacked and how."""
     records = one.measured.values()
     rounds, load = max((len(r.seconds) for r in records), default=0), max((r.load or 0 for r in records), default=0)
     shape = "x".join(map(str, case.shape))
-    eps, step = (f"{size * 255:g}/255" if case.eps < 0.1 else f"{size:g}" for size in (case.eps, case.step_size))
+    eps, step = (_eps(size, case.eps) for size in (case.eps, case.step_size))
     return (
         f"Batch {case.batch} of {shape}; {steps} steps of PGD in the Linf ball, eps {eps}, step size {step}; {rounds} "
         f"rounds; load average {load:.1f} at the start."
@@ -242,3 +278,100 @@ def _kernels(classes: dict[tuple[str, str], list[Kernels]], floor: float | None)
     head = ["kernels", "layers", "GFLOP", "plain ms", "plain GFLOP/s", "best ms", "best GFLOP/s", "best by"]
     plain = sum(layer.plain for layers in classes.values() for layer in layers)
     return f"Limit **{_figure(floor, 1e-3)} ms**; plain kernels {_figure(plain, 1e-3)} ms.\n\n{grid(head, rows)}"
+
+
+def _attacks(results: Results) -> list[str]:
+    """All sections about whole attacks."""
+    summary = [
+        [
+            f"{contest.case}, {contest.attack}",
+            _figure(contest.measured[GRADPRUNE].median) if GRADPRUNE in contest.measured else "-",
+            *(ratio_text(contest.ratio(GRADPRUNE, rival), spread=True) for rival in RIVALS),
+        ]
+        for contest in Contest.all(results.records, "attacks")
+    ]
+    body = []
+    if summary:
+        head = ["attack", "gradprune s", *(f"vs {rival}" for rival in RIVALS)]
+        body.append("## Summary\n\n" + grid(head, summary))
+    sections = [(case, "attacks", ATTACKS) for case in results.cases]
+    for title, part, columns in (*sections, ("Overhead", "overhead", OVERHEAD), ("Active set", "active-set", ACTIVE)):
+        contests = Contest.all(results.records, part, title if part == "attacks" else None)
+        records = [(contest, record) for contest in contests for record in contest.records]
+        if not records:
+            continue
+        rounds, load = max(len(r.seconds) for _, r in records), max(r.load or 0 for _, r in records)
+        body += [f"## {title}", f"{rounds} rounds at most; load average {load:.1f} at most when an attack was begun."]
+        body += _reasons(record for _, record in records)
+        rows = ([column(contest, record) for column in columns.values()] for contest, record in records)
+        body.append(grid([*columns], rows))
+    return body
+
+
+def _reasons(records: Iterable[Attacked]) -> list[str]:
+    """Why some were not timed, each reason once."""
+    failed: dict[tuple[str, str], list[str]] = {}
+    for record in records:
+        if record.failed:
+            failed.setdefault((record.candidate, record.failed), []).append(record.attack)
+    return [f"**{candidate} failed:** {why} ({', '.join(attacks)})" for (candidate, why), attacks in failed.items()]
+
+
+Cell = Callable[[Contest, Attacked], str]
+
+
+def _timed(figure: Callable[[Attacked], float | None]) -> Cell:
+    """A column about what has been timed."""
+    return lambda contest, record: _figure(figure(record)) if record.seconds else "-"
+
+
+def _against(baseline: str, *, inverse: bool = False, spread: bool = False) -> Cell:
+    """A column of ratios to one candidate; the inverse ones as percentages of its time."""
+
+    def cell(contest: Contest, record: Attacked) -> str:
+        ratio = contest.ratio(*((baseline, record.candidate) if inverse else (record.candidate, baseline)))
+        if not inverse:
+            return ratio_text(ratio, spread=spread)
+        return f"{ratio.median:.1%} ({ratio.low:.1%}-{ratio.high:.1%})" if ratio else "-"
+
+    return cell
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
+
+
+ATTACKS: dict[str, Cell] = {
+    "attack": lambda contest, record: f"{record.attack}, {record.candidate}",
+    "s": _timed(lambda record: record.median),
+    "IQR": _timed(lambda record: record.iqr),
+    **{f"vs {rival}": _against(rival) for rival in RIVALS},
+    "compile s": _timed(lambda record: record.compile_seconds),
+    "compilations": lambda contest, record: str(record.compilations or "-"),
+    "shown": _timed(lambda record: record.shown),
+    "success": lambda contest, record: _share(record.success_rate),
+    "distance": lambda contest, record: f"{_figure(record.distance)} {record.norm if record.distance else ''}".strip(),
+    "pixels off": lambda contest, record: _share(record.differing),
+}
+
+OVERHEAD: dict[str, Cell] = {
+    "attack": lambda contest, record: f"{record.case}, {record.attack}, {record.candidate}",
+    "s": ATTACKS["s"],
+    "IQR": ATTACKS["IQR"],
+    f"vs {BARE_STEP}": _against(BARE_STEP, spread=True),
+    f"of {BARE_STEP}": _against(BARE_STEP, inverse=True),
+    "outside": lambda contest, record: "-" if record.outside_share is None else f"{record.outside_share:.2%}",
+    **{name: ATTACKS[name] for name in ("compile s", "success", "pixels off")},
+}
+
+ACTIVE: dict[str, Cell] = {
+    "attack": ATTACKS["attack"],
+    "eps": lambda contest, record: "-" if record.eps is None else _eps(record.eps, record.eps),
+    "s": ATTACKS["s"],
+    "IQR": ATTACKS["IQR"],
+    "of full batch": _against(FULL_BATCH, inverse=True),
+    "of every part on all": _against(EVERY_PART, inverse=True),
+    "robust accuracy": lambda contest, record: _share(None if record.success_rate is None else 1 - record.success_rate),
+    "other verdicts": lambda contest, record: "-" if record.other_verdicts is None else str(record.other_verdicts),
+    **{name: ATTACKS[name] for name in ("compile s", "compilations")},
+}
