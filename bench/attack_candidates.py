@@ -69,6 +69,8 @@ class Method:
         norm: Of the perturbation, for tables.
         bounded: Whether what is returned lies in the ball of the case.
         backs_up: Whether Torchattacks runs several backward passes over one forward pass.
+        ball: Radius to attack in, as a share of the case's; in all of it, a random search has fooled an untrained
+            network after a few queries.
     """
 
     key: str
@@ -78,6 +80,7 @@ class Method:
     norm: Literal["linf", "l2"] = "linf"
     bounded: bool = True
     backs_up: bool = False
+    ball: float = 1.0
 
 
 def _pgd(steps: int) -> Method:
@@ -134,8 +137,8 @@ METHODS = (
     _apgd("dlr"),
     Method(
         "cw",
-        lambda case: CW(steps=50, learning_rate=0.01, constant=1.0, bounds=case.bounds, seed=SEED),
-        lambda library, model, case: library.CW(model, steps=50, lr=0.01, c=1, kappa=0),
+        lambda case: CW(steps=50, learning_rate=0.004, constant=20.0, bounds=case.bounds, seed=SEED),
+        lambda library, model, case: library.CW(model, steps=50, lr=0.004, c=20, kappa=0),
         norm="l2",
         bounded=False,
     ),
@@ -159,6 +162,7 @@ METHODS = (
         lambda case: Square(queries=QUERIES, **_ball(case)),
         lambda library, model, case: library.Square(model, n_queries=QUERIES, eps=case.eps, seed=SEED),
         deterministic=False,
+        ball=0.1,
     ),
 )
 
@@ -230,7 +234,7 @@ def _their_contender(
     name: str, method: Method, frozen: bool, compiled: bool, work: Workload, settings: Settings
 ) -> Contender:
     library = torchattacks()
-    if work.x.ndim != 4 or work.case.bounds != (0, 1):
+    if work.x.ndim != 4 or work.case.bounds != (0.0, 1.0):
         raise GradpruneError("Torchattacks attacks images (N, C, H, W) in [0, 1] only")
     model = copy.deepcopy(work.model).requires_grad_(not frozen)
     attack = method.theirs(library, torch.compile(model) if compiled else model, work.case)

@@ -195,7 +195,8 @@ def _achieved(trial: Trial, work: Workload) -> dict[str, Any]:
 def _fooled(work: Workload, found: Tensor) -> Tensor:
     """Which samples ``(N,)`` the network itself, in eager mode, no longer takes for what their labels say."""
     with torch.no_grad():
-        return work.model(found).argmax(1) != work.y
+        predictions: Tensor = work.model(found).argmax(1)
+    return predictions != work.y
 
 
 def check_examples(work: Workload, eps: float | None, found: Tensor) -> None:
@@ -223,7 +224,7 @@ def measure_method(method: Method, work: Workload, settings: Settings, budget: B
     Returns:
         A record for each of ``attack_candidates.ways``, in their order.
     """
-    work = with_ten_classes(work)
+    work = with_ten_classes(replace(work, case=replace(work.case, eps=method.ball * work.case.eps)))
     eps = work.case.eps if method.bounded else None
     blank = Attacked("attacks", work.case.name, method.key, "", eps=eps, norm=method.norm)
     trials = run_in_turn(blank, ways(method), work, settings, budget, partial(check_examples, work, eps))

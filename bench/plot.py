@@ -85,8 +85,9 @@ def _bars_of(results: Results, case: str) -> list[Bar]:
             for contest in Contest.all(results.records, part, case):
                 ratios = [(contest.ratio(candidate, rival), color) for rival, color in rivals.items()]
                 known = [(ratio, color) for ratio, color in ratios if ratio]
+                work = f", {contest.work:.1f}x the inputs" if contest.work and abs(contest.work - 1) > 0.1 else ""
                 for i, (against, color) in enumerate(known):
-                    label = "" if i else contest.attack
+                    label = "" if i else contest.attack + work
                     bars.append(Bar(label, against.median, against.low, against.high, color))
     elif results.kind == "kernels":
         for (kind, direction), layers in kernel_classes(results.records, case).items():

@@ -254,7 +254,7 @@ class Ratio:
 
 
 def _ratio(measured: Mapping[str, Timed], candidate: str, baseline: str | None) -> Ratio | None:
-    if baseline not in measured or candidate not in measured:
+    if baseline is None or baseline not in measured or candidate not in measured:
         return None
     return Ratio.paired(measured[baseline].seconds, measured[candidate].seconds)
 
@@ -343,6 +343,12 @@ class Contest:
     def ratio(self, candidate: str, baseline: str) -> Ratio | None:
         """How many times as fast as ``baseline`` a candidate is, ``None`` if one of them was not timed."""
         return _ratio(self.measured, candidate, baseline)
+
+    @property
+    def work(self) -> float | None:
+        """How many times as many inputs gradprune shows the network as Torchattacks does."""
+        ours, theirs = (self.measured.get(name) for name in (UNCOMPILED, TORCHATTACKS))
+        return ours.shown / theirs.shown if ours and theirs and ours.shown and theirs.shown else None
 
     def derived(self, candidate: str) -> dict[str, Any]:
         """All that follows from the figures, for the readers of a JSON file."""

@@ -68,8 +68,10 @@ LEGENDS = {
   would look at all, which is another algorithm.
 - compile s: what the first attack took longer than the median, with empty disk caches and a compiler that is already
   started; compilations: how often gradprune compiled the network (at most two batch sizes of gradients, two of logits).
-- shown: inputs that the network was shown during one attack, where it is not compiled. Where the ways differ in it,
-  they differ in what they do (CW of Torchattacks stops when its loss grows; what is random takes its own course).
+- shown: inputs that the network was shown during one attack, where it is not compiled; in the summary, how many times
+  as many as by Torchattacks. More or fewer is another amount of work: CW of Torchattacks stops as soon as the batch's
+  loss grows; Square takes its random course; DeepFool of Torchattacks runs ten backward passes for each input that it
+  shows, one input at a time, gradprune's one for each. Square is run in a tenth of the ball, to use up its queries.
 - success: inputs moved to another class; distance: median norm of these perturbations. pixels off: share of the
   adversarial values that differ from those of Torchattacks by more than 1e-6, where the algorithm draws nothing at
   random. DeepFool of Torchattacks overshoots at every step, the published algorithm and gradprune's at the end.
@@ -287,12 +289,13 @@ def _attacks(results: Results) -> list[str]:
             f"{contest.case}, {contest.attack}",
             _figure(contest.measured[GRADPRUNE].median) if GRADPRUNE in contest.measured else "-",
             *(ratio_text(contest.ratio(GRADPRUNE, rival), spread=True) for rival in RIVALS),
+            ratio_text(contest.work),
         ]
         for contest in Contest.all(results.records, "attacks")
     ]
     body = []
     if summary:
-        head = ["attack", "gradprune s", *(f"vs {rival}" for rival in RIVALS)]
+        head = ["attack", "gradprune s", *(f"vs {rival}" for rival in RIVALS), "inputs shown"]
         body.append("## Summary\n\n" + grid(head, summary))
     sections = [(case, "attacks", ATTACKS) for case in results.cases]
     for title, part, columns in (*sections, ("Overhead", "overhead", OVERHEAD), ("Active set", "active-set", ACTIVE)):
@@ -301,7 +304,7 @@ def _attacks(results: Results) -> list[str]:
         if not records:
             continue
         rounds, load = max(len(r.seconds) for _, r in records), max(r.load or 0 for _, r in records)
-        body += [f"## {title}", f"{rounds} rounds at most; load average {load:.1f} at most when an attack was begun."]
+        body += [f"## {title}", f"Up to {rounds} rounds; load average up to {load:.1f} when an attack was begun."]
         body += _reasons(record for _, record in records)
         rows = ([column(contest, record) for column in columns.values()] for contest, record in records)
         body.append(grid([*columns], rows))
@@ -348,7 +351,7 @@ ATTACKS: dict[str, Cell] = {
     **{f"vs {rival}": _against(rival) for rival in RIVALS},
     "compile s": _timed(lambda record: record.compile_seconds),
     "compilations": lambda contest, record: str(record.compilations or "-"),
-    "shown": _timed(lambda record: record.shown),
+    "shown": lambda contest, record: "-" if record.shown is None else f"{record.shown:,}",
     "success": lambda contest, record: _share(record.success_rate),
     "distance": lambda contest, record: f"{_figure(record.distance)} {record.norm if record.distance else ''}".strip(),
     "pixels off": lambda contest, record: _share(record.differing),

@@ -11,11 +11,16 @@ from typing import Any
 from .bench import command as bench
 from .demo import command as demo
 from .errors import GradpruneError, OptionError
+from .evaluation import command as evaluation
 
 USAGE_ERROR = 2
 FAILURE = 1
 
-ADD_COMMANDS: tuple[Callable[[argparse._SubParsersAction[Any]], None], ...] = (demo.add_command, bench.add_command)
+ADD_COMMANDS: tuple[Callable[[argparse._SubParsersAction[Any]], None], ...] = (
+    demo.add_command,
+    evaluation.add_commands,
+    bench.add_command,
+)
 """What ``--help`` lists, in this order. Each adds its subparser and sets ``run`` to what carries it out."""
 
 DESCRIPTION = """\
@@ -24,9 +29,14 @@ the weight gradients, and all that only they need, are pruned out of the backwar
 """
 
 EPILOG = """\
-example:
+examples:
   gradprune demo --output demo-output      see it work on photographs and on a network trained on the spot
-  gradprune demo --help                    what the demo does and what can be changed
+  gradprune attack --model digits --data digits --attack pgd --eps 0.1
+                                           adversarial examples, with a record and pictures of them
+  gradprune evaluate --model digits --data digits --attack fgsm pgd --eps 0 .05 .1 .2
+                                           accuracy under attacks: records, a table, a plot, pictures
+  gradprune bench step --rounds 5          one step of PGD beside eager PyTorch and torch.compile
+  gradprune COMMAND --help                 what a command does and what can be changed
 """
 
 

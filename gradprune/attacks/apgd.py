@@ -7,15 +7,18 @@ classifiers" (L1).
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
-from ..errors import AttackError, OptionError
+from ..errors import OptionError
+from ..options import unknown
 from ..runtime import Query
-from ..runtime.losses import LABEL_LOSSES, Loss
-from .base import Attack, check_finite, per_sample
+from ..runtime.functions import Answer
+from ..runtime.losses import Loss
+from .base import TWO_SIDED, Attack, check_finite, check_start, per_sample
 from .norms import Norm, NormName, get_norm
 
 MOMENTUM = 0.75
@@ -24,9 +27,11 @@ FIRST_PERIOD, SHORTEST_PERIOD, PERIOD_DECREASE = 0.22, 0.06, 0.03
 L1_PERIOD = 0.04
 L1_SPARSITY = 0.2
 L1_SPARSER = 1.5
+L1_CHANGE = 0.95
 L1_STEP_DECREASE, L1_STEP_RANGE = 1.5, 10.0
-L1_STAGES = ((3.0, 0.3), (2.0, 0.3), (1.0, 0.4))
-"""With ``large_eps``: radius in ``eps`` and share of the steps."""
+ONE_STAGE = ((1.0, 1.0),)
+LARGE_EPS_STAGES = ((3.0, 0.3), (2.0, 0.3), (1.0, 0.4))
+"""Balls to climb in: radius in ``eps`` and share of the steps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,15 +65,9 @@ class APGD(Attack):
     def __post_init__(self) -> None:
         super().__post_init__()
         get_norm(self.norm)
-        if not self.eps > 0:
-            raise OptionError(f"eps has to be positive, not {self.eps}")
-        for name in ("steps", "restarts", "eot"):
-            if getattr(self, name) < 1:
-                raise OptionError(f"{name} has to be at least 1, not {getattr(self, name)}")
-        if isinstance(self.loss, str) and self.loss not in LABEL_LOSSES:
-            raise OptionError(f"no loss is called {self.loss!r}: there are {', '.join(LABEL_LOSSES)}")
-        if self.loss in ("dlr-targeted", "difference") and not self.targeted:
-            raise OptionError(f'the loss {self.loss!r} is about a target: pass targeted="second-best" or another')
+        self._check_positive("eps", "rho")
+        self._check_counts("steps", "restarts", "eot")
+        self._check_loss(self.loss)
         if self.norm == "l1" and self.bounds is None:
             raise OptionError("APGD in the L1 ball projects onto its intersection with the bounds, which are missing")
 
@@ -100,42 +99,46 @@ class APGD(Attack):
             noise = torch.empty_like(x).uniform_(-1, 1, generator=generator)
         else:
             noise = torch.empty_like(x).normal_(generator=generator)
+        eps = self.eps * self._stages[0][0]
         if self.norm == "l1":
-            return x + self._project_l1(x, noise, self.eps)
+            return self._into(x, x + noise, eps)
         tiny = torch.finfo(x.dtype).tiny
-        return self.clip(x + self.eps * noise / per_sample(self.ball.of(noise).clamp(min=tiny), x))
+        return self.clip(x + eps * noise / per_sample(self.ball.of(noise).clamp(min=tiny), x))
 
     def maximize(self, query: Query, x: Tensor, labels: Tensor, start: Tensor) -> _State:
         """One run from ``start``, through larger balls first if ``large_eps``."""
-        if not self.large_eps:
-            return self._climb(query, x, labels, start, self.eps, self.steps)
-        found = None
-        spent = 0
-        for factor, share in L1_STAGES:
-            steps = self.steps - spent if factor == 1 else int(share * self.steps)
-            spent += steps
-            if not steps:
-                continue
-            if found is not None:
-                start = found.best
-            if self.norm == "l1":
-                start = x + self._project_l1(x, start - x, factor * self.eps)
-            else:
-                start = self.clip(x + self.ball.project(start - x, factor * self.eps))
-            found = self._climb(query, x, labels, start, factor * self.eps, steps, leave=factor == 1)
-        assert found is not None
-        return found
+        left = self.steps
+        *larger, _ = self._stages
+        for factor, share in larger:
+            eps, steps = factor * self.eps, int(share * self.steps)
+            if steps:
+                start = self._climb(query, x, labels, self._into(x, start, eps), eps, steps, leave=False).best
+                left -= steps
+        if larger:
+            start = self._into(x, start, self.eps)
+        return self._climb(query, x, labels, start, self.eps, left, leave=True)
+
+    @property
+    def _stages(self) -> tuple[tuple[float, float], ...]:
+        return LARGE_EPS_STAGES if self.large_eps else ONE_STAGE
 
     def _climb(
-        self, query: Query, x: Tensor, labels: Tensor, start: Tensor, eps: float, steps: int, *, leave: bool = True
+        self, query: Query, x: Tensor, labels: Tensor, start: Tensor, eps: float, steps: int, *, leave: bool
     ) -> _State:
         """The algorithm itself, in a ball of radius ``eps``."""
         losses, logits, gradient = self._ask(query, start, labels)
-        check_finite(logits)
+        check_start(query, x, logits)
         state = _State.at(x, labels, start, losses, gradient, self.is_fooled(logits, labels))
         state.step_size = torch.full_like(losses, eps if self.norm == "l1" else 2 * eps)
-        state.density = torch.full_like(losses, L1_SPARSITY)
-        state.history = losses[:, None].expand(-1, steps + 1).clone()
+        if self.large_eps:
+            state.nonzero = _count_nonzero(start - x)
+            state.density = state.nonzero / x[0].numel() / L1_SPARSER
+        else:
+            state.nonzero = torch.full_like(losses, x[0].numel())
+            state.density = torch.full_like(losses, L1_SPARSITY)
+        # In place of the initial losses there is zero, with which the published code compares the first step's: results
+        # are to be those of the code that robust accuracies are reported with, if one of the paper and it has to give.
+        state.history = losses.new_zeros(len(x), steps + 1)
         ended = _Ended(state)
         can_leave = leave and self.stop_at_success and query.separable and query.runtime.active_set
         period = max(int((L1_PERIOD if self.norm == "l1" else FIRST_PERIOD) * steps), 1)
@@ -161,14 +164,8 @@ class APGD(Attack):
                     period = max(shorter, int(SHORTEST_PERIOD * steps), 1)
         return ended.all(state)
 
-    def _ask(self, query: Query, point: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        losses, logits, gradient = query.gradient(point, labels, self.loss)
-        for _ in range(self.eot - 1):
-            more = query.gradient(point, labels, self.loss)
-            losses, logits, gradient = losses + more[0], logits + more[1], gradient + more[2]
-        targets_itself = self.loss in ("dlr-targeted", "difference")
-        sign = -1 if self.targeted and not targets_itself else 1
-        return sign * losses / self.eot, logits / self.eot, sign * gradient / self.eot
+    def _ask(self, query: Query, point: Tensor, labels: Tensor) -> Answer:
+        return self.average(query, point, self.aimed(labels, self.loss), self.loss, self.eot)
 
     # --- One step, by norm --------------------------------------------------------------------------------------------
 
@@ -178,15 +175,18 @@ class APGD(Attack):
         if self.norm == "l1":
             sparse = _largest(state.gradient, state.density).sign()
             step = step_size * sparse / per_sample(sparse.abs().flatten(1).sum(1) + 1e-10, x)
-            return x + self._project_l1(x, point + step - x, eps)
-        ahead = self.clip(x + self.ball.project(point + step_size * self.ball.normalize(state.gradient) - x, eps))
+            return self._into(x, point + step, eps)
+        ahead = self._into(x, point + step_size * self.ball.normalize(state.gradient), eps)
         weight = 1.0 if first else MOMENTUM
         moved = point + weight * (ahead - point) + (1 - weight) * (point - state.previous)
-        return self.clip(x + self.ball.project(moved - x, eps))
+        return self._into(x, moved, eps)
 
-    def _project_l1(self, x: Tensor, delta: Tensor, eps: float) -> Tensor:
+    def _into(self, x: Tensor, point: Tensor, eps: float) -> Tensor:
+        """The closest point in the ball and within the bounds; for L2 first of the ball, then within the bounds."""
+        if self.norm != "l1":
+            return self.clip(x + self.ball.project(point - x, eps))
         assert self.bounds is not None
-        return project_l1(x, delta, eps, self.bounds)
+        return self.clip(x + project_l1(x, point - x, eps, self.bounds))
 
     def _check(self, state: _State, step: int, period: int) -> None:
         """Halve the step size and go back to the best point where the loss oscillates or has not improved."""
@@ -201,11 +201,9 @@ class APGD(Attack):
 
     def _check_l1(self, state: _State, eps: float) -> None:
         """Adapt the density of the steps to that of the best perturbation, and their size to whether that changes."""
-        nonzero = (state.best - state.x).flatten(1).ne(0).sum(1).to(state.density.dtype)
-        features = state.x[0].numel()
-        before = torch.where(state.nonzero > 0, state.nonzero, torch.full_like(nonzero, features))
-        sparser = nonzero / before < 0.95
-        state.density = nonzero / features / L1_SPARSER
+        nonzero = _count_nonzero(state.best - state.x)
+        sparser = nonzero < L1_CHANGE * state.nonzero
+        state.density = nonzero / state.x[0].numel() / L1_SPARSER
         smaller = (state.step_size / L1_STEP_DECREASE).clamp(eps / L1_STEP_RANGE, eps)
         state.step_size = torch.where(sparser, torch.full_like(smaller, eps), smaller)
         state.nonzero = nonzero
@@ -239,7 +237,14 @@ def project_l1(x: Tensor, delta: Tensor, eps: float, bounds: tuple[float, float]
     above, below = total(left), total(right)
     tiny = torch.finfo(x.dtype).tiny
     threshold = torch.where(above > eps, left + (right - left) * (above - eps) / (above - below).clamp(min=tiny), right)
-    return (sign * torch.minimum((magnitude - threshold).clamp(min=0), room)).view_as(delta)
+    length = torch.minimum((magnitude - threshold).clamp(min=0), room)
+    # Of many coordinates, the sums above lose more than the rounding of one; what that adds is taken off again.
+    length = length * (eps / length.sum(1, keepdim=True).clamp(min=tiny)).clamp(max=1)
+    return (sign * length).view_as(delta)
+
+
+def _count_nonzero(delta: Tensor) -> Tensor:
+    return delta.flatten(1).ne(0).sum(1).to(delta.dtype)
 
 
 def _largest(gradient: Tensor, density: Tensor) -> Tensor:
@@ -350,6 +355,7 @@ class TargetedAPGD(APGD):
     Source: Croce & Hein 2020, section 4.2.
 
     Attributes:
+        loss: ``"dlr-targeted"``, which needs four classes, or ``"difference"``.
         targets: How many classes: those with the largest clean logits besides the label.
     """
 
@@ -359,16 +365,11 @@ class TargetedAPGD(APGD):
     can_be_targeted = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "targeted", None)
-        Attack.__post_init__(self)
-        get_norm(self.norm)
-        if self.targets < 1:
-            raise OptionError(f"targets has to be at least 1, not {self.targets}")
+        super().__post_init__()
+        self._check_counts("targets")
 
     def run(self, query: Query, x: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
         """See ``Attack.run``."""
-        if query.classes < 4:
-            raise AttackError(f"the targeted DLR loss needs at least 4 classes, and the model has {query.classes}")
         logits = query.logits(x)
         check_finite(logits)
         order = logits.scatter(1, labels[:, :1], -torch.inf).argsort(dim=1, descending=True)
@@ -385,3 +386,7 @@ class TargetedAPGD(APGD):
                 result[rows] = found.result()
                 fooled[rows] = found.fooled
         return result
+
+    def _check_loss(self, loss: str | Loss, names: Collection[str] = TWO_SIDED) -> None:
+        if loss not in names:
+            raise OptionError(unknown("loss of label and target", loss, names))

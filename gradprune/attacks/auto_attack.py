@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import OptionError
+from ..errors import AttackError, OptionError
 from ..runtime import Query
 from .apgd import APGD, TargetedAPGD
 from .base import Attack, check_finite
@@ -64,6 +64,10 @@ class AutoAttack(Attack):
 
     def run(self, query: Query, x: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
         """See ``Attack.run``."""
+        if x.ndim != 4:  # found now rather than after hours of the parts before Square
+            raise AttackError(
+                f"AutoAttack is for images (N, C, H, W), not inputs of shape {tuple(x.shape)}: use its parts"
+            )
         logits = query.logits(x)
         check_finite(logits)
         result = x.clone()

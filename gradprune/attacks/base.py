@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from numbers import Integral, Real
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -13,11 +15,16 @@ from torch import Tensor
 from ..errors import AttackError, OptionError
 from ..options import unknown
 from ..runtime import Query, Runtime
+from ..runtime.functions import Answer
+from ..runtime.losses import LABEL_LOSSES, Loss
 
 Target = Literal["given", "least-likely", "second-best", "random"]
 
 BOUNDS_TOLERANCE = 1e-6
 """How far inputs may be outside of the declared range, for rounding."""
+
+TWO_SIDED = ("difference", "dlr-targeted")
+"""Losses that know both label and target, and grow from one towards the other."""
 
 DEFAULT_RUNTIME = Runtime()
 
@@ -42,8 +49,10 @@ class Attack(ABC):
     can_be_targeted: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.bounds is not None and not (len(self.bounds) == 2 and self.bounds[0] < self.bounds[1]):
+        if self.bounds is not None and not _are_bounds(self.bounds):
             raise OptionError(f"bounds have to be a smaller and a larger number, or None, not {self.bounds!r}")
+        if self.seed is not None and not _is_whole(self.seed):
+            raise OptionError(f"seed has to be a whole number or None, not {self.seed!r}")
         if self.targeted is not None:
             if not self.can_be_targeted:
                 raise OptionError(f"{type(self).__name__} cannot be targeted")
@@ -57,7 +66,8 @@ class Attack(ABC):
 
         Args:
             model: From inputs to logits ``(N, classes)``; a module, compiled or not, or a function.
-            x: Clean inputs ``(N, ...)``, floating point, within ``bounds``.
+            x: Clean inputs ``(N, ...)``, floating point, within ``bounds``. Those of half precision are perturbed in
+                float32, with the model under autocast to their type, and rounded to it at the end.
             y: Labels ``(N,)``, int64; targets if ``targeted`` is ``"given"``.
             runtime: How to run it.
 
@@ -72,9 +82,11 @@ class Attack(ABC):
         if not len(x):
             return x.detach().clone()
         generator = self._generator(x.device)
-        x = x.detach()
-        if x.is_inference():
-            x = x.clone()
+        dtype = x.dtype
+        if dtype in (torch.float16, torch.bfloat16):
+            x, runtime = x.float(), replace(runtime, autocast=runtime.autocast or dtype)
+        with torch.inference_mode(False):
+            x, y = (value.clone() if value.is_inference() else value.detach() for value in (x, y))
         with runtime.attack(model, x) as query:
             if int(y.min()) < 0 or int(y.max()) >= query.classes:
                 raise AttackError(
@@ -82,7 +94,7 @@ class Attack(ABC):
                     f"{int(y.min())} to {int(y.max())}"
                 )
             labels = self._labels(query, x, y, generator)
-            return self.run(query, x, labels, generator).detach()
+            return self.run(query, x, labels, generator).detach().to(dtype)
 
     @abstractmethod
     def run(self, query: Query, x: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
@@ -104,14 +116,41 @@ class Attack(ABC):
         return type(self).__name__
 
     def is_fooled(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Which samples ``(N,)`` the attack has succeeded for. NaN among the logits is no class, so it is a success."""
+        """Which samples ``(N,)`` the attack has succeeded for. Logits with NaN are of no class, so of another."""
+        is_class = ~logits.isnan().any(1)
         if self.targeted:
-            return logits.argmax(1) == labels[:, 1]
-        return logits.isnan().any(1) | (logits.argmax(1) != labels[:, 0])
+            return is_class & (logits.argmax(1) == labels[:, 1])
+        return ~(is_class & (logits.argmax(1) == labels[:, 0]))
+
+    def sign(self, loss: str | Loss) -> int:
+        """Whether a loss is to grow (1) or, being the target's, to shrink (-1)."""
+        return 1 if self.targeted is None or loss in TWO_SIDED else -1
+
+    def aimed(self, labels: Tensor, loss: str | Loss) -> Tensor:
+        """Labels and targets as a loss takes them, ``(N, 2)``: first what it is about, the target if there is one."""
+        return labels if self.sign(loss) > 0 else labels.flip(1)
 
     def clip(self, x: Tensor) -> Tensor:
         """The closest valid input."""
         return x if self.bounds is None else x.clamp(*self.bounds)
+
+    def average(self, query: Query, x: Tensor, against: Tensor, loss: str | Loss, times: int) -> Answer:
+        """What to maximise, logits and gradient at ``x``, averaged over several evaluations of a random model.
+
+        Args:
+            query: What to ask the model with.
+            x: Inputs ``(N, ...)``.
+            against: What the loss takes beside the logits, such as labels as ``aimed`` returns them.
+            loss: See ``Query.gradient``.
+            times: How many evaluations.
+        """
+        losses, logits, gradient = query.gradient(x, against, loss)
+        for _ in range(times - 1):
+            more = query.gradient(x, against, loss)
+            losses, logits, gradient = losses + more[0], logits + more[1], gradient + more[2]
+        scale = self.sign(loss) / times
+        # Where logits are NaN the model is fooled, and there is nowhere to go from there.
+        return scale * losses, logits / times, scale * gradient.nan_to_num(nan=0.0)
 
     def _labels(self, query: Query, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
         if self.targeted is None:
@@ -128,6 +167,25 @@ class Attack(ABC):
         others = logits.scatter(1, y[:, None], math.inf if self.targeted == "least-likely" else -math.inf)
         target = others.argmin(1) if self.targeted == "least-likely" else others.argmax(1)
         return torch.stack([y, target], dim=1)
+
+    def _check_counts(self, *names: str, least: int = 1) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if not _is_whole(value) or value < least:
+                raise OptionError(f"{name} has to be a whole number, at least {least}, not {value!r}")
+
+    def _check_positive(self, *names: str, or_zero: bool = False) -> None:
+        for name in names:
+            value = getattr(self, name)
+            is_number = isinstance(value, Real) and math.isfinite(value)
+            if not is_number or not (value > 0 or (or_zero and value == 0)):
+                raise OptionError(f"{name} has to be a positive number{' or zero' if or_zero else ''}, not {value!r}")
+
+    def _check_loss(self, loss: str | Loss, names: Collection[str] = LABEL_LOSSES) -> None:
+        if not (loss in names if isinstance(loss, str) else callable(loss)):
+            raise OptionError(unknown("loss", loss, names))
+        if loss in TWO_SIDED and self.targeted is None:
+            raise OptionError(f'the loss {loss!r} is about a target: pass targeted="second-best" or another')
 
     def _generator(self, device: torch.device) -> torch.Generator:
         seed = int(torch.randint(2**62, ())) if self.seed is None else self.seed
@@ -147,13 +205,11 @@ class Attack(ABC):
             )
         if y.device != x.device:
             raise AttackError(f"inputs are on {x.device} and labels on {y.device}: y.to({str(x.device)!r})")
-        parameters = getattr(model, "parameters", tuple)()
-        for parameter in parameters:
-            if parameter.device != x.device and parameter.device.type != "meta":
-                raise AttackError(
-                    f"the model is on {parameter.device} and the inputs are on {x.device}: move one to the other"
-                )
-            break
+        parameter: Tensor | None = next(iter(getattr(model, "parameters", tuple)()), None)
+        if parameter is not None and parameter.device != x.device:
+            raise AttackError(
+                f"the model is on {parameter.device} and the inputs are on {x.device}: move one to the other"
+            )
         if not len(x):
             return
         low, high = (float(bound) for bound in x.detach().aminmax())
@@ -168,12 +224,30 @@ class Attack(ABC):
                 )
 
 
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, Integral)
+
+
+def _are_bounds(bounds: Any) -> bool:
+    try:
+        low, high = (float(bound) for bound in bounds)
+    except (TypeError, ValueError):
+        return False
+    return -math.inf < low < high < math.inf
+
+
 def check_finite(logits: Tensor) -> None:
     """Raise an ``AttackError`` if clean logits hold NaN or infinity."""
     if not bool(logits.isfinite().all()):
         raise AttackError(
             "the model's logits hold NaN or infinity before anything is attacked: check its weights and its inputs"
         )
+
+
+def check_start(query: Query, x: Tensor, logits: Tensor) -> None:
+    """Raise an ``AttackError`` if clean logits hold NaN or infinity, which are asked for if those of the start do."""
+    if not bool(logits.isfinite().all()):
+        check_finite(query.logits(x))
 
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ BETAS, EPSILON = (0.9, 0.999), 1e-8
 """Of Adam (Kingma & Ba 2015)."""
 
 INSIDE = 0.999999
-"""How close to the bounds clean inputs may be, for at the bounds themselves the gradient vanishes."""
+"""How close to the bounds the descent may start, in halves of the range, for at the bounds tanh has no inverse."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,10 +43,9 @@ class CW(Attack):
         super().__post_init__()
         if self.bounds is None:
             raise OptionError("CW writes inputs as tanh, which needs bounds: pass the smallest and the largest input")
-        if self.searches < 1 or self.steps < 1:
-            raise OptionError(f"searches and steps have to be at least 1, not {self.searches} and {self.steps}")
-        if not (self.constant > 0 and self.learning_rate > 0 and self.confidence >= 0):
-            raise OptionError("constant and learning_rate have to be positive, and confidence not negative")
+        self._check_counts("searches", "steps")
+        self._check_positive("constant", "learning_rate")
+        self._check_positive("confidence", or_zero=True)
 
     def run(self, query: Query, x: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
         """See ``Attack.run``."""
@@ -68,8 +67,8 @@ class CW(Attack):
         middle, half = sum(self.bounds) / 2, (self.bounds[1] - self.bounds[0]) / 2
         result, distance = x.clone(), torch.full_like(constant, torch.inf)
         # The loss that is differentiated is the margin of the label; of the target, where there is one.
-        aimed, sign = (labels.flip(1), -1) if self.targeted else (labels, 1)
-        w = ((x - middle) / half * INSIDE).atanh()
+        aimed, sign = self.aimed(labels, "margin"), self.sign("margin")
+        w = ((x - middle) / half).clamp(-INSIDE, INSIDE).atanh()
         mean, square = torch.zeros_like(x), torch.zeros_like(x)
         for step in range(1, self.steps + 2):
             tanh = w.tanh()

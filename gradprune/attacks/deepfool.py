@@ -17,10 +17,13 @@ from ..options import unknown
 from ..runtime import Query
 from .base import Attack, check_finite, per_sample
 
+BEYOND = 1e-4
+"""How much longer a step is than the way to the boundary, so as not to end on it; as in the authors' code."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DeepFool(Attack):
-    """DeepFool. Untargeted; samples leave as soon as they are misclassified.
+    """DeepFool. Untargeted; samples leave as soon as they are misclassified. Returned is where the last step led.
 
     Attributes:
         norm: ``"l2"`` or ``"linf"``.
@@ -40,8 +43,8 @@ class DeepFool(Attack):
         super().__post_init__()
         if self.norm not in ("l2", "linf"):
             raise OptionError(unknown("norm", self.norm, ["l2", "linf"]))
-        if self.steps < 1 or self.candidates < 1 or self.overshoot < 0:
-            raise OptionError("steps and candidates have to be at least 1, and overshoot not negative")
+        self._check_counts("steps", "candidates")
+        self._check_positive("overshoot", or_zero=True)
 
     def run(self, query: Query, x: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
         """See ``Attack.run``."""
@@ -67,15 +70,14 @@ class DeepFool(Attack):
         for place in range(min(self.candidates, query.classes - 1)):
             pair = torch.stack([labels[:, 0], order[:, place]], dim=1)
             gap, _, gradient = query.gradient(x_adv, pair, "difference")
-            gap = gap.abs() + 1e-4  # so as not to end on the boundary itself, as in the authors' code
             if self.norm == "l2":
                 length = gradient.flatten(1).norm(dim=1).clamp(min=tiny**0.5)
                 direction = gradient / per_sample(length, gradient)
             else:
                 length = gradient.flatten(1).abs().sum(1).clamp(min=tiny**0.5)
                 direction = gradient.sign()
-            distance = gap / length
+            distance = gap.abs() / length
             closer = distance < smallest
             smallest = torch.where(closer, distance, smallest)
-            step = torch.where(per_sample(closer, step), per_sample(distance, step) * direction, step)
+            step = torch.where(per_sample(closer, step), per_sample(distance + BEYOND, step) * direction, step)
         return step

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..errors import OptionError
 from ..runtime import Query
@@ -54,11 +55,8 @@ class FAB(Attack):
     def __post_init__(self) -> None:
         super().__post_init__()
         get_norm(self.norm)
-        for name in ("steps", "restarts", "targets"):
-            if getattr(self, name) < 1:
-                raise OptionError(f"{name} has to be at least 1, not {getattr(self, name)}")
-        if self.eps is not None and not self.eps > 0:
-            raise OptionError(f"eps has to be positive, or None for any perturbation, not {self.eps}")
+        self._check_counts("steps", "restarts", "targets")
+        self._check_positive("alpha_max", "overshoot", "backward", *(() if self.eps is None else ("eps",)))
         if self.eps is None and (self.restarts > 1 or self.stop_at_success):
             raise OptionError("restarts and stop_at_success need eps: restarts begin within it, and success is there")
 
@@ -94,7 +92,6 @@ class FAB(Attack):
                 distance[rows] = torch.minimum(distances, distance[rows])
         if self.eps is None:
             return result
-        # A perturbation a rounding error longer than eps is projected, and may then still be one.
         return torch.where(per_sample(distance <= self.eps, x), result, x)
 
     def _approach(self, query: Query, x: Tensor, pair: Tensor, start: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
@@ -139,6 +136,9 @@ class FAB(Attack):
             offset: ``(N,)``.
         """
         flat, w = point.flatten(1), normal.flatten(1)
+        # Only the plane matters, not the length of its normal, of which squares may be too small for a number.
+        scale = w.abs().amax(1).clamp(min=torch.finfo(w.dtype).tiny)
+        w, offset = w / scale[:, None], offset / scale
         missing = offset - (w * flat).sum(1)
         direction = w.sign() * missing.sign()[:, None]
         if self.bounds is None:
@@ -160,7 +160,7 @@ class FAB(Attack):
             steepest = slope.argsort(dim=1, descending=True)
             ordered = slope.gather(1, steepest)
             gained = (ordered * room.gather(1, steepest)).nan_to_num(nan=0.0)
-            before = gained.cumsum(1) - gained
+            before = F.pad(gained.cumsum(1)[:, :-1], (1, 0))
             share = (missing[:, None] - before).clamp(min=0) / ordered.clamp(min=torch.finfo(w.dtype).tiny)
             length = torch.zeros_like(room).scatter(1, steepest, torch.minimum(share, room.gather(1, steepest)))
         length = torch.where(slope > 0, length, torch.zeros_like(length))

@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..errors import OptionError
 from ..options import unknown
 
 NormName = Literal["linf", "l2", "l1"]
@@ -45,7 +46,8 @@ class _L2(Norm):
     name: str = "l2"
 
     def of(self, delta: Tensor) -> Tensor:
-        return delta.flatten(1).norm(dim=1)
+        norms: Tensor = delta.flatten(1).norm(dim=1)
+        return norms
 
     def random(self, like: Tensor, eps: float, generator: torch.Generator) -> Tensor:
         direction = torch.empty_like(like).normal_(generator=generator)
@@ -86,7 +88,9 @@ class _L1(Norm):
         thresholds = (ordered.cumsum(1) - eps) / counts
         last = (ordered > thresholds).sum(1, keepdim=True).clamp(min=1) - 1
         threshold = thresholds.gather(1, last).clamp(min=0)
-        return delta.sign() * (magnitude - threshold).clamp(min=0).view_as(delta)
+        projected = delta.sign() * (magnitude - threshold).clamp(min=0).view_as(delta)
+        # Of many coordinates, the sums above lose more than the rounding of one; what that adds is taken off again.
+        return projected * _per_sample((eps / _not_zero(self.of(projected))).clamp(max=1), delta)
 
 
 NORMS: dict[str, Norm] = {norm.name: norm for norm in (Norm(), _L2(), _L1())}
@@ -99,8 +103,6 @@ def get_norm(name: str) -> Norm:
         OptionError: There is none.
     """
     if name not in NORMS:
-        from ..errors import OptionError
-
         raise OptionError(unknown("norm", name, list(NORMS)))
     return NORMS[name]
 

@@ -14,7 +14,7 @@ from ..options import unknown
 from ..runtime import Query
 from ..runtime.functions import Answer
 from ..runtime.losses import LABEL_LOSSES, Loss
-from .base import Attack, check_finite, per_sample
+from .base import Attack, check_start, per_sample
 from .norms import Norm, NormName, get_norm
 
 Step = Callable[[Tensor, Tensor, float], Tensor]
@@ -37,9 +37,11 @@ class PGD(Attack):
         steps: How many steps.
         random_start: Start at a random point of the ball instead of at the input.
         restarts: Independent runs per sample, computed as one batch; the best is kept.
-        loss: ``"ce"``, ``"margin"``, ``"dlr"``, or a function from logits ``(N, classes)`` and labels ``(N,)`` to
-            losses ``(N,)``. Maximised for the labels, or minimised for the targets.
-        keep: ``"last"`` returns where a run ends, ``"best"`` the point with the largest loss on the way.
+        loss: ``"ce"``, ``"margin"``, ``"dlr"``; ``"difference"`` and ``"dlr-targeted"``, which know label and target;
+            ``"kl"``, the divergence from the clean probabilities; or a function from logits ``(N, classes)`` and labels
+            ``(N,)`` to losses ``(N,)``. Maximised for the labels, or minimised for the targets.
+        keep: ``"last"`` returns where a run ends, ``"best"`` the best point on the way: one that fools the model if
+            there is one, and of these or else of all the one with the largest loss.
         stop_at_success: A sample that is fooled is done: it stays what it is and leaves the batch.
         eot: Gradients to average at every step, for models that are random (Athalye et al. 2018, expectation over
             transformation).
@@ -63,27 +65,33 @@ class PGD(Attack):
     def __post_init__(self) -> None:
         super().__post_init__()
         get_norm(self.norm)
-        if not self.eps >= 0 or not self.step_size >= 0:
-            raise OptionError(f"eps and step_size must not be negative, and are {self.eps} and {self.step_size}")
-        for name in ("steps", "restarts", "eot"):
-            if getattr(self, name) < 1:
-                raise OptionError(f"{name} has to be at least 1, not {getattr(self, name)}")
+        self._check_positive("eps", or_zero=True)
+        self._check_step_size()
+        self._check_counts("steps", "restarts", "eot")
         if self.keep not in ("last", "best"):
             raise OptionError(unknown("keep", self.keep, ["last", "best"]))
-        if isinstance(self.loss, str) and self.loss not in LABEL_LOSSES:
-            raise OptionError(unknown("loss", self.loss, list(LABEL_LOSSES)))
+        self._check_loss(self.loss, [*LABEL_LOSSES, "kl"])
+        if self.loss == "kl" and self.targeted is not None:
+            raise OptionError("the loss 'kl' leads away from the clean probabilities, to no target: leave out targeted")
 
     @property
     def ball(self) -> Norm:
         """The norm with its functions."""
         return get_norm(self.norm)
 
+    @property
+    def step_length(self) -> float:
+        """How long a step is."""
+        return self.step_size
+
     def run(self, query: Query, x: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
         """See ``Attack.run``."""
         samples = len(x)
+        against = query.logits(x).softmax(1) if self.loss == "kl" else self.aimed(labels, self.loss)
+        # One start after the other: the first ones are the same however many restarts there are.
+        x_adv = torch.cat([self.start(x, generator) for _ in range(self.restarts)])
         x = x.repeat(self.restarts, *[1] * (x.ndim - 1))
-        labels = labels.repeat(self.restarts, 1)
-        x_adv = self.start(x, generator)
+        labels, against = labels.repeat(self.restarts, 1), against.repeat(self.restarts, 1)
         memory = self.memory(x)
         runs = Runs(x_adv, samples)
         can_leave = self.stop_at_success and query.separable and query.runtime.active_set
@@ -95,11 +103,14 @@ class PGD(Attack):
                 if not len(rows):
                     break
             here = x_adv[rows]
-            losses, logits, direction = self.ascent(query, here, x[rows], labels[rows], generator, memory, rows)
+            losses, logits, direction = self.ascent(query, here, x[rows], against[rows], generator, memory, rows)
             if step == 0:
-                check_finite(logits)
+                check_start(query, x, logits)
             if keeps_path:
-                runs.record(rows, here, losses, self.is_fooled(logits, labels[rows]))
+                fooled = self.is_fooled(logits, labels[rows])
+                if self.keep == "last":
+                    losses = losses.masked_fill(~fooled, -torch.inf)  # no point on the way but one that ends the run
+                runs.record(rows, here, losses, fooled)
             moved = self.advance(here, direction)
             moved = self.constraint(moved, x[rows]) if self.constraint else self.project(moved, x[rows])
             if self.stop_at_success:
@@ -108,15 +119,10 @@ class PGD(Attack):
         if not keeps_path and self.restarts == 1:
             return x_adv
         rows = runs.open_rows() if can_leave else slice(None)
-        if not can_leave or len(rows):
-            losses, logits = query.losses(x_adv[rows], labels[rows], self.loss)
-            runs.record(rows, x_adv[rows], self.sign * losses, self.is_fooled(logits, labels[rows]))
+        if not isinstance(rows, Tensor) or len(rows):
+            losses, logits = self.losses(query, x_adv[rows], against[rows])
+            runs.record(rows, x_adv[rows], losses, self.is_fooled(logits, labels[rows]))
         return runs.best()
-
-    @property
-    def sign(self) -> int:
-        """Whether the loss is to grow or, being the target's, to shrink."""
-        return -1 if self.targeted and self.loss not in ("difference", "dlr-targeted") else 1
 
     def start(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """Where a run starts."""
@@ -133,7 +139,7 @@ class PGD(Attack):
         query: Query,
         x_adv: Tensor,
         x: Tensor,
-        labels: Tensor,
+        against: Tensor,
         generator: torch.Generator,
         memory: Tensor | None,
         rows: Tensor | slice,
@@ -144,30 +150,35 @@ class PGD(Attack):
             query: What to ask the model with.
             x_adv: Where the runs are that have not ended.
             x: Their clean inputs.
-            labels: Their labels and targets.
+            against: What the loss takes beside their logits: labels as ``Attack.aimed`` returns them, or clean
+                probabilities.
             generator: For whatever is random.
             memory: What ``self.memory`` returned, for all runs.
             rows: Which of these are asked for.
         """
-        return self.gradient(query, x_adv, labels)
+        return self.gradient(query, x_adv, against)
 
-    def gradient(self, query: Query, x_adv: Tensor, labels: Tensor) -> Answer:
+    def gradient(self, query: Query, x_adv: Tensor, against: Tensor) -> Answer:
         """What to maximise, logits and gradient at ``x_adv``, averaged over ``eot`` evaluations."""
-        losses, logits, gradient = query.gradient(x_adv, labels, self.loss)
-        for _ in range(self.eot - 1):
-            more = query.gradient(x_adv, labels, self.loss)
-            losses, logits, gradient = losses + more[0], logits + more[1], gradient + more[2]
-        return self.sign * losses / self.eot, logits / self.eot, self.sign * gradient / self.eot
+        return self.average(query, x_adv, against, self.loss, self.eot)
+
+    def losses(self, query: Query, x_adv: Tensor, against: Tensor) -> tuple[Tensor, Tensor]:
+        """What to maximise and logits at ``x_adv``, without a gradient."""
+        losses, logits = query.losses(x_adv, against, self.loss)
+        return self.sign(self.loss) * losses, logits
 
     def advance(self, x_adv: Tensor, direction: Tensor) -> Tensor:
         """Where a step leads, before projection."""
         if self.step:
-            return self.step(x_adv, direction, self.step_size)
-        return x_adv + self.step_size * self.ball.normalize(direction)
+            return self.step(x_adv, direction, self.step_length)
+        return x_adv + self.step_length * self.ball.normalize(direction)
 
     def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """The closest point in the ball, then within the bounds."""
         return self.clip(x + self.ball.project(x_adv - x, self.eps))
+
+    def _check_step_size(self) -> None:
+        self._check_positive("step_size", or_zero=True)
 
 
 class Runs:
@@ -233,15 +244,14 @@ class FGSM(PGD):
     steps: int = 1
     random_start: bool = False
 
-    def __post_init__(self) -> None:
-        if self.step_size is None:
-            object.__setattr__(self, "step_size", self.default_step_size)
-        super().__post_init__()
-
     @property
-    def default_step_size(self) -> float:
-        """What ``step_size`` is unless it is given."""
-        return self.eps
+    def step_length(self) -> float:
+        """How long a step is."""
+        return self.eps if self.step_size is None else self.step_size
+
+    def _check_step_size(self) -> None:
+        if self.step_size is not None:
+            super()._check_step_size()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,11 +259,14 @@ class RSFGSM(FGSM):
     """FGSM from a random start, with a step of 1.25 ``eps``.
 
     Source: Wong et al. 2020, "Fast is better than free: Revisiting adversarial training".
+
+    Attributes:
+        step_size: ``None`` for 1.25 ``eps``.
     """
 
     random_start: bool = True
 
     @property
-    def default_step_size(self) -> float:
-        """What ``step_size`` is unless it is given."""
-        return 1.25 * self.eps
+    def step_length(self) -> float:
+        """How long a step is."""
+        return 1.25 * self.eps if self.step_size is None else self.step_size

@@ -45,10 +45,10 @@ class Square(Attack):
         get_norm(self.norm)
         if self.bounds is None:
             raise OptionError("Square needs bounds: pass the smallest and the largest input")
-        if not self.eps > 0 or not 0 < self.share <= 1:
-            raise OptionError(f"eps has to be positive and share within 0 to 1, not {self.eps} and {self.share}")
-        if self.queries < 1 or self.restarts < 1:
-            raise OptionError(f"queries and restarts have to be at least 1, not {self.queries} and {self.restarts}")
+        self._check_positive("eps", "share")
+        if self.share > 1:
+            raise OptionError(f"share is one of the pixels, at most 1, not {self.share}")
+        self._check_counts("queries", "restarts")
 
     @property
     def ball(self) -> Norm:
@@ -66,11 +66,11 @@ class Square(Attack):
         # Places are drawn on the CPU, where reading them does not wait for a device.
         places = torch.Generator().manual_seed(generator.initial_seed())
         for _ in range(self.restarts):
+            if not len(open_rows):
+                break
             points, fooled = self._search(query, x, labels, open_rows, generator, places)
             result[open_rows] = points
             open_rows = open_rows[~fooled]
-            if not len(open_rows):
-                break
         return result
 
     def _search(
@@ -86,7 +86,7 @@ class Square(Attack):
 
         What is random is drawn for all samples, so that no sample's search depends on which others are left.
         """
-        aimed, sign = (labels.flip(1), -1) if self.targeted else (labels, 1)
+        aimed, sign = self.aimed(labels, "margin"), self.sign("margin")
         result = self._start(x, generator, places)[chosen]
         margins, logits = query.losses(result, aimed[chosen], "margin")
         best = sign * margins
@@ -167,7 +167,7 @@ class Square(Attack):
         delta = delta * per_sample(self.eps / norms, x)
         if self.norm == "l1":
             assert self.bounds is not None
-            return x + project_l1(x, delta, self.eps, self.bounds)
+            delta = project_l1(x, delta, self.eps, self.bounds)
         return self.clip(x + delta)
 
     def _bump(self, size: int, like: Tensor, places: torch.Generator) -> Tensor:

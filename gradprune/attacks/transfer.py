@@ -49,12 +49,13 @@ class TransferAttack(BIM):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.scales < 1 or self.neighbors < 0:
-            raise OptionError(f"scales must be at least 1 and neighbors 0, not {self.scales} and {self.neighbors}")
+        self._check_counts("scales")
+        self._check_counts("neighbors", "kernel", least=0)
+        self._check_positive("decay", "neighborhood", or_zero=True)
         if not (0 <= self.diversity <= 1 and 0 < self.resize <= 1):
             raise OptionError(f"diversity and resize are shares, not {self.diversity} and {self.resize}")
-        if self.kernel < 0 or (self.kernel and self.kernel % 2 == 0):
-            raise OptionError(f"kernel has to be odd, or 0 for none, not {self.kernel}")
+        if self.kernel and self.kernel % 2 == 0:
+            raise OptionError(f"kernel has to be odd, or 0 for none, not {self.kernel!r}")
 
     def memory(self, x: Tensor) -> Tensor | None:
         """Momentum and, below it, the variance."""
@@ -65,7 +66,7 @@ class TransferAttack(BIM):
         query: Query,
         x_adv: Tensor,
         x: Tensor,
-        labels: Tensor,
+        against: Tensor,
         generator: torch.Generator,
         memory: Tensor | None,
         rows: Tensor | slice,
@@ -73,39 +74,39 @@ class TransferAttack(BIM):
         """See ``PGD.ascent``."""
         assert memory is not None
         momentum, variance = memory[0][rows], memory[1][rows]
-        point = x_adv + self.decay * self.step_size * momentum if self.nesterov else x_adv
-        losses, logits, gradient = self.smoothed(query, point, labels, generator)
+        point = x_adv + self.decay * self.step_length * momentum if self.nesterov else x_adv
+        losses, logits, gradient = self.smoothed(query, point, against, generator)
         if (self.nesterov or self.diversity) and (self.keep == "best" or self.stop_at_success):
-            values, logits = query.losses(x_adv, labels, self.loss)  # those above are of another point
-            losses = self.sign * values
+            losses, logits = self.losses(query, x_adv, against)  # those above are of another point
         tuned = gradient + variance if self.neighbors else gradient
         momentum = self.decay * momentum + tuned / per_sample(_mean_magnitude(tuned), tuned)
         memory[0][rows] = momentum
         if self.neighbors:
             total = torch.zeros_like(gradient)
             for _ in range(self.neighbors):
-                offset = torch.empty_like(x_adv).uniform_(-1, 1, generator=generator)
+                # Drawn for all runs, so that no run depends on which others are left.
+                offset = torch.empty_like(memory[0]).uniform_(-1, 1, generator=generator)[rows]
                 near = x_adv + self.neighborhood * self.eps * offset
-                total += self.smoothed(query, near, labels, generator)[2]
+                total += self.smoothed(query, near, against, generator)[2]
             memory[1][rows] = total / self.neighbors - gradient
         return losses, logits, momentum
 
-    def smoothed(self, query: Query, point: Tensor, labels: Tensor, generator: torch.Generator) -> Answer:
+    def smoothed(self, query: Query, point: Tensor, against: Tensor, generator: torch.Generator) -> Answer:
         """Losses and logits at a point, and its gradient averaged over scales and smoothed."""
-        losses, logits, gradient = self.diverse(query, point, labels, generator)
+        losses, logits, gradient = self.diverse(query, point, against, generator)
         for i in range(1, self.scales):
-            gradient = gradient + self.diverse(query, point / 2**i, labels, generator)[2] / 2**i
+            gradient = gradient + self.diverse(query, point / 2**i, against, generator)[2] / 2**i
         gradient = gradient / self.scales
         return losses, logits, _smooth(gradient, self.kernel) if self.kernel else gradient
 
-    def diverse(self, query: Query, point: Tensor, labels: Tensor, generator: torch.Generator) -> Answer:
+    def diverse(self, query: Query, point: Tensor, against: Tensor, generator: torch.Generator) -> Answer:
         """Losses, logits and gradient at a point, or at an image made of it."""
         if not self.diversity or _draw(generator) >= self.diversity:
-            return self.gradient(query, point, labels)
+            return self.gradient(query, point, against)
         # The compiled gradient is that of the transformed image; the way back is a few operations of autograd.
         leaf = point.detach().requires_grad_(True)
         shown = _resized(leaf, self.resize, generator)
-        losses, logits, gradient = self.gradient(query, shown.detach(), labels)
+        losses, logits, gradient = self.gradient(query, shown.detach(), against)
         (gradient,) = torch.autograd.grad(shown, leaf, gradient)
         return losses, logits, gradient
 

@@ -73,7 +73,7 @@ class Sized:
 
         Args:
             x: Inputs ``(N, ...)``.
-            others: More arguments; those with as many rows as ``x`` are cut like it.
+            others: More arguments; scalars are passed on, all else is cut like ``x``.
             separable: Whether a row's result depends on that row alone.
             batch: Rows to compute at once, at most.
         """
@@ -83,7 +83,7 @@ class Sized:
             return self._of_size(len(x))(x, *others)
         self._largest = max(self._largest, batch or len(x))
         pieces = [
-            self._padded(size, x[begin:end], *(_rows(other, begin, end, len(x)) for other in others))
+            self._padded(size, x[begin:end], *(_rows(other, begin, end) for other in others))
             for size, begin, end in self._cuts(len(x))
         ]
         if len(pieces) == 1:
@@ -106,8 +106,7 @@ class Sized:
         missing = size - len(x)
         if missing:
             rows = len(x)
-            x, *filled = (_filled(value, rows, missing) for value in (x, *others))
-            result = self._of_size(size)(x, *filled)
+            result = self._of_size(size)(*(_filled(value, missing) for value in (x, *others)))
             return result[:rows] if isinstance(result, Tensor) else tuple(part[:rows] for part in result)
         return self._of_size(size)(x, *others)
 
@@ -123,12 +122,12 @@ class Sized:
         return self._compiled[size]
 
 
-def _rows(value: Tensor, begin: int, end: int, rows: int) -> Tensor:
-    return value[begin:end] if value.ndim and len(value) == rows else value
+def _rows(value: Tensor, begin: int, end: int) -> Tensor:
+    return value[begin:end] if value.ndim else value
 
 
-def _filled(value: Tensor, rows: int, missing: int) -> Tensor:
-    if not value.ndim or len(value) != rows:
+def _filled(value: Tensor, missing: int) -> Tensor:
+    if not value.ndim:
         return value
     return torch.cat([value, value[:1].expand(missing, *value.shape[1:])])
 

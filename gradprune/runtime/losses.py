@@ -79,7 +79,7 @@ def label_losses(logits: Tensor, labels: Tensor, chosen: Tensor) -> Tensor:
     Args:
         logits: ``(N, classes)``.
         labels: Labels and targets, ``(N, 2)``, int64.
-        chosen: Position in ``LABEL_LOSSES``, int64, shape ``(1,)``.
+        chosen: Position in ``LABEL_LOSSES``, int64, a scalar.
 
     Returns:
         Losses ``(N,)``; zero for one that needs more classes.
@@ -88,4 +88,4 @@ def label_losses(logits: Tensor, labels: Tensor, chosen: Tensor) -> Tensor:
         loss(logits, labels) if logits.shape[1] >= classes else logits[:, 0] * 0
         for loss, classes in LABEL_LOSSES.values()
     ]
-    return torch.stack(values).index_select(0, chosen).squeeze(0)
+    return torch.stack(values).index_select(0, chosen.view(1)).squeeze(0)

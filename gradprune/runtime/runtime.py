@@ -97,7 +97,7 @@ class Query:
         self._batch = runtime.batch_size or (len(x) if self.separable else None)
         self.gradients = 0
         self.forwards = 0
-        self._indices = {name: torch.tensor([i], device=x.device) for i, name in enumerate(LABEL_LOSSES)}
+        self._indices = {name: torch.tensor(i, device=x.device) for i, name in enumerate(LABEL_LOSSES)}
         self.classes = self._count_classes(x)
 
     def gradient(self, x: Tensor, labels: Tensor, loss: str | Loss = "ce") -> Answer:
@@ -147,7 +147,8 @@ class Query:
             from tqdm import tqdm
         except ImportError as error:
             raise AttackError('progress=True needs tqdm: run pip install "gradprune[cli]"') from error
-        return tqdm(pieces, desc=description, file=sys.stderr, leave=False)
+        bar: Iterable[T] = tqdm(pieces, desc=description, file=sys.stderr, leave=False)
+        return bar
 
     def _call(self, key: Any, loss: Callable[..., Tensor], x: Tensor, *others: Tensor) -> Answer:
 

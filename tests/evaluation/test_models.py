@@ -1,0 +1,141 @@
+"""Models by name, checkpoints, normalisation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from project import Project
+from torch import nn
+
+from gradprune.errors import OptionError
+from gradprune.evaluation.models import ModelOptions, Normalized, fingerprint, load_checkpoint, load_model
+
+
+def net(width: int = 4) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, width, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(64 * width, 5))
+
+
+def test_a_module_or_what_returns_one(project: Project) -> None:
+    made = load_model(ModelOptions(f"{project.module}:net"), 0)
+    found = load_model(ModelOptions(f"{project.module}:module"), 0)
+    assert not made.training
+    assert fingerprint(made) == fingerprint(found)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("net", "is not of the form module:name"),
+        ("no_such_module:net", "there is no module 'no_such_module'"),
+        ("{module}:nett", "has no 'nett'"),
+        ("{module}:number", "returns none when called without arguments, but int"),
+        ("{module}:failing", "ValueError: no weights today"),
+        ("bad:net", "importing bad failed: SyntaxError"),
+        ("lacks:net", "importing lacks failed: No module named 'not_installed'"),
+        ("timm:resnet1x8", "timm has no model 'resnet1x8'"),
+    ],
+)
+def test_what_is_no_model_is_named(project: Project, name: str, told: str) -> None:
+    (project.folder / "bad.py").write_text("def net(:\n")
+    (project.folder / "lacks.py").write_text("import not_installed\n")
+    with pytest.raises(OptionError, match=told):
+        load_model(ModelOptions(name.format(module=project.module)), 0)
+
+
+def test_weights_that_a_model_draws_follow_the_seed(project: Project) -> None:
+    (project.folder / "random_net.py").write_text("from torch import nn\ndef net(): return nn.Linear(3, 4)\n")
+    state = torch.random.get_rng_state()
+    marks = [fingerprint(load_model(ModelOptions("random_net:net"), seed)) for seed in (0, 0, 1)]
+    assert marks[0] == marks[1] != marks[2]
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_timm_models_bring_their_normalisation() -> None:
+    pytest.importorskip("timm")
+    model = load_model(ModelOptions("timm:resnet10t"), 0)
+    assert isinstance(model, Normalized)
+    assert model.mean.flatten().tolist() == pytest.approx([0.485, 0.456, 0.406])
+    given = load_model(ModelOptions("timm:resnet10t", mean=[0.5], std=[0.25]), 0)
+    assert isinstance(given, Normalized)
+    assert (given.mean.item(), given.std.item()) == (0.5, 0.25)
+
+
+def test_normalisation_is_inside_the_model() -> None:
+    inner = net()
+    x = torch.rand(2, 3, 8, 8)
+    model = Normalized(inner, [0.1, 0.2, 0.3], [1, 2, 4])
+    expected = inner((x - torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)) / torch.tensor([1.0, 2, 4]).view(3, 1, 1))
+    assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"mean": [0.5]}, "belong together"),
+        ({"mean": [0.5], "std": [0.0]}, "has to be positive"),
+        ({"pretrained": True}, "--pretrained is for timm"),
+    ],
+)
+def test_options_that_do_not_fit(options: dict, told: str) -> None:
+    with pytest.raises(OptionError, match=told):
+        load_model(ModelOptions("digits", **options), 0)
+
+
+@pytest.mark.parametrize("nested", [None, "state_dict", "model"])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_checkpoints(tmp_path: Path, nested: str | None, prefix: str) -> None:
+    trained, model = net(), net()
+    state: object = {prefix + name: value for name, value in trained.state_dict().items()}
+    torch.save(state if nested is None else {nested: state, "epoch": 3}, tmp_path / "net.pt")
+    assert fingerprint(model) != fingerprint(trained)
+    load_checkpoint(model, tmp_path / "net.pt")
+    assert fingerprint(model) == fingerprint(trained)
+
+
+def test_a_checkpoint_of_another_model_is_refused_and_nothing_loaded(tmp_path: Path) -> None:
+    state = net().state_dict()
+    state["4.extra"] = state.pop("0.bias")
+    state["3.weight"] = torch.zeros(2, 2)
+    torch.save(state, tmp_path / "net.pt")
+    model = net()
+    before = fingerprint(model)
+    with pytest.raises(OptionError) as raised:
+        load_checkpoint(model, tmp_path / "net.pt")
+    for told in ("lacks 0.bias", "does not have 4.extra", "3.weight (2, 2) for (5, 256)", "net.pt"):
+        assert told in str(raised.value)
+    assert fingerprint(model) == before
+
+
+class RunsCode:
+    def __reduce__(self) -> object:
+        return (Path.touch, (Path("was-here"),))
+
+
+@pytest.mark.parametrize("content", [RunsCode(), [1, 2], {"weight": 3}, b"garbage", None])
+def test_a_file_that_is_no_state_dict_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: object
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "net.pt"
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    elif content is not None:
+        torch.save(content, file)
+    with pytest.raises(OptionError, match="net.pt"):
+        load_checkpoint(net(), file)
+    assert not Path("was-here").exists()
+
+
+def test_a_fingerprint_is_of_structure_and_weights() -> None:
+    torch.manual_seed(0)
+    model = net()
+    before = fingerprint(model)
+    model[1] = nn.GELU()
+    structure = fingerprint(model)
+    model[1] = nn.ReLU()
+    assert fingerprint(model) == before != structure
+    with torch.no_grad():
+        model[0].weight[0, 0, 0, 0] += 1e-6
+    assert fingerprint(model) != before
