@@ -20,7 +20,7 @@ lint: .venv/installed  ## Style and types.
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt torch numpy
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
-	# What tests compare attacks with. By its metadata it wants old releases of what is installed, and another torch.
+	# Tests compare attacks with these. By their metadata they want old releases of what is installed.
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps torchattacks foolbox adversarial-robustness-toolbox
 	touch $@
 

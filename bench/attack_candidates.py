@@ -237,7 +237,8 @@ def _their_contender(
     if work.x.ndim != 4 or work.case.bounds != (0.0, 1.0):
         raise GradpruneError("Torchattacks attacks images (N, C, H, W) in [0, 1] only")
     model = copy.deepcopy(work.model).requires_grad_(not frozen)
-    attack = method.theirs(library, torch.compile(model) if compiled else model, work.case)
+    attacked: Any = torch.compile(model) if compiled else model
+    attack = method.theirs(library, attacked, work.case)
 
     @contextlib.contextmanager
     def context() -> Iterator[None]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gradprune.attacks import PGD, AutoAttack, Runtime
+from gradprune.attacks import FAB, PGD, Attack, AutoAttack, Runtime, TargetedAPGD
 from gradprune.attacks.norms import get_norm
 from gradprune.demo import measure as figures
 from gradprune.demo.attack import attack as take_steps
@@ -29,7 +29,7 @@ from .attack_candidates import Method, our_contender, ways, whole, with_ten_clas
 from .baselines import Baseline, Contender, choose
 from .cases import SEED, Case, Workload
 from .measure import MIN_ROUNDS, Budget, CheckFailed, load_average, reason, synchronize, time_rounds
-from .record import ACTIVE_SET, BARE_STEP, EVERY_PART, FULL_BATCH, RUNTIME, Attacked, Results, Settings
+from .record import ACTIVE_SET, BARE_STEP, FULL_BATCH, NOTHING_DROPPED, RUNTIME, Attacked, Results, Settings
 
 OVERHEAD_STEPS = 50
 
@@ -328,8 +328,36 @@ def _share_outside(contender: Contender, work: Workload) -> float:
 # --- With the active set ----------------------------------------------------------------------------------------------
 
 
-class EveryPart(AutoAttack):
-    """AutoAttack that gives every part all samples."""
+class EveryTarget(TargetedAPGD):
+    """Targeted APGD that aims all samples at every class."""
+
+    def run(self, query: Query, x: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+        """See ``Attack.run``."""
+        order = query.logits(x).scatter(1, labels[:, :1], -torch.inf).argsort(dim=1, descending=True)
+        result, is_open = x.clone(), torch.ones_like(labels[:, 0], dtype=torch.bool)
+        for place in range(min(self.targets, query.classes - 1)):
+            aimed = torch.stack([labels[:, 0], order[:, place]], dim=1)
+            state = self.maximize(query, x, aimed, self.start(x, generator))
+            succeeds = is_open & state.fooled
+            result[succeeds] = state.result()[succeeds]
+            is_open &= ~succeeds
+        return result
+
+
+class WholeEnsemble(AutoAttack):
+    """AutoAttack that gives every part all samples, and has each part keep them."""
+
+    @property
+    def parts(self) -> tuple[Attack, ...]:
+        """See ``AutoAttack.parts``."""
+        return tuple(
+            EveryTarget(**vars(part))
+            if isinstance(part, TargetedAPGD)
+            else replace(part, stop_at_success=False)
+            if isinstance(part, FAB)
+            else part
+            for part in super().parts
+        )
 
     def run(self, query: Query, x: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
         """See ``Attack.run``."""
@@ -383,7 +411,7 @@ def measure_active_set(
         FULL_BATCH: (make, full),
     }
     if isinstance(make(work.case), AutoAttack):
-        chosen[EVERY_PART] = partial(auto_attack, kind=EveryPart), full
+        chosen[NOTHING_DROPPED] = partial(auto_attack, kind=WholeEnsemble), full
     baselines = [
         Baseline("", name, partial(our_contender, name, *how), compiles=active.compile) for name, how in chosen.items()
     ]
@@ -423,7 +451,7 @@ def half_fooled(work: Workload) -> Workload:
     low, high = 0.0, LARGEST_EPS
 
     def within(eps: float) -> Workload:
-        return replace(work, case=replace(work.case, eps=eps, step_size=eps / 10))
+        return replace(work, case=replace(work.case, eps=eps, step_size=eps / 4))
 
     for _ in range(HALVINGS):
         tried = within((low + high) / 2)

@@ -12,10 +12,10 @@ from .cases import find_case
 from .record import (
     ACTIVE_SET,
     EAGER_BACKWARD,
-    EVERY_PART,
     FROZEN,
     FULL_BATCH,
     GRADPRUNE,
+    NOTHING_DROPPED,
     TORCHATTACKS,
     TORCHATTACKS_COMPILED,
     UNCOMPILED,
@@ -37,12 +37,12 @@ LABELS = {
     "kernels": "GFLOP/s: best kernel (dark) and plain kernel (light)",
     "attacks": "times as fast (right of 1: faster), quartiles of the rounds: whole attacks as Torchattacks (red), "
     "as it frozen + compile(model) (blue),\nas gradprune without compilation (grey); digits: as without the active set "
-    "(red), as every part on all samples (blue)",
+    "(red), as with nothing dropped (blue)",
 }
 
 AGAINST = {
     "attacks": (GRADPRUNE, {TORCHATTACKS: OURS, TORCHATTACKS_COMPILED: OTHERS, UNCOMPILED: SECOND}),
-    "active-set": (ACTIVE_SET, {FULL_BATCH: OURS, EVERY_PART: OTHERS}),
+    "active-set": (ACTIVE_SET, {FULL_BATCH: OURS, NOTHING_DROPPED: OTHERS}),
 }
 """By part of ``bench attacks``: whose speed is shown, and relative to whom in which colour."""
 

@@ -29,7 +29,7 @@ TORCHATTACKS_COMPILED = "Torchattacks, frozen + compile(model)"
 UNCOMPILED = "gradprune, not compiled"
 
 BARE_STEP, RUNTIME = "bare compiled step", "through the runtime"
-ACTIVE_SET, FULL_BATCH, EVERY_PART = "active set", "active_set=False", "every part on all samples"
+ACTIVE_SET, FULL_BATCH, NOTHING_DROPPED = "active set", "active_set=False", "nothing dropped"
 
 BASELINES = (EAGER_BACKWARD, EAGER_GRAD, FROZEN, COMPILED_MODEL, COMPILED_STEP)
 """What every candidate is compared with by name."""

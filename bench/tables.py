@@ -10,10 +10,10 @@ from .record import (
     BARE_STEP,
     BASELINES,
     EAGER_BACKWARD,
-    EVERY_PART,
     FROZEN,
     FULL_BATCH,
     GRADPRUNE,
+    NOTHING_DROPPED,
     RIVALS,
     AnyRecord,
     Attacked,
@@ -81,8 +81,9 @@ LEGENDS = {
   over a step that is compiled as a whole, update included.
 - Active set: a network trained on handwritten digits, held-out digits and their true labels, in the smallest ball in
   which a short PGD fools at least half of them. of full batch: time relative to the same attack with active_set=False.
-  AutoAttack drops what is fooled between its parts in any case; "every part on all samples" does not. other verdicts:
-  samples that are fooled and are not with active_set=False, or the other way round.""",
+  AutoAttack drops between its parts, and between the classes that they aim at, what is fooled in any case. "nothing
+  dropped": all samples in every part and against every class; Square alone ends where it succeeds, as its algorithm has
+  it. other verdicts: samples that are fooled and are not with active_set=False, or the other way round.""",
 }
 
 
@@ -373,7 +374,7 @@ ACTIVE: dict[str, Cell] = {
     "s": ATTACKS["s"],
     "IQR": ATTACKS["IQR"],
     "of full batch": _against(FULL_BATCH, inverse=True),
-    "of every part on all": _against(EVERY_PART, inverse=True),
+    "of nothing dropped": _against(NOTHING_DROPPED, inverse=True),
     "robust accuracy": lambda contest, record: _share(None if record.success_rate is None else 1 - record.success_rate),
     "other verdicts": lambda contest, record: "-" if record.other_verdicts is None else str(record.other_verdicts),
     **{name: ATTACKS[name] for name in ("compile s", "compilations")},

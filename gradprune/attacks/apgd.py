@@ -238,8 +238,6 @@ def project_l1(x: Tensor, delta: Tensor, eps: float, bounds: tuple[float, float]
     tiny = torch.finfo(x.dtype).tiny
     threshold = torch.where(above > eps, left + (right - left) * (above - eps) / (above - below).clamp(min=tiny), right)
     length = torch.minimum((magnitude - threshold).clamp(min=0), room)
-    # Of many coordinates, the sums above lose more than the rounding of one; what that adds is taken off again.
-    length = length * (eps / length.sum(1, keepdim=True).clamp(min=tiny)).clamp(max=1)
     return (sign * length).view_as(delta)
 
 

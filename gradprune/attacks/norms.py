@@ -89,7 +89,7 @@ class _L1(Norm):
         last = (ordered > thresholds).sum(1, keepdim=True).clamp(min=1) - 1
         threshold = thresholds.gather(1, last).clamp(min=0)
         projected = delta.sign() * (magnitude - threshold).clamp(min=0).view_as(delta)
-        # Of many coordinates, the sums above lose more than the rounding of one; what that adds is taken off again.
+        # Far outside of the ball, rounding errors of the threshold may be more than the radius allows.
         return projected * _per_sample((eps / _not_zero(self.of(projected))).clamp(max=1), delta)
 
 

@@ -175,8 +175,9 @@ def test_a_model_that_is_broken_from_the_start_is_named(name: str, value: float)
         brief(name)(model, x, y, runtime=EAGER)
 
 
-@pytest.mark.parametrize("name", ["PGD", "APGD", "FAB", "CW", "Square", "DeepFool", "AutoAttack"])
-def test_nan_on_the_way_is_misclassified_and_no_error(name: str) -> None:
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("name", ["PGD", "MIFGSM", "APGD", "FAB", "CW", "Square", "DeepFool", "AutoAttack"])
+def test_nan_on_the_way_is_misclassified_and_no_error(name: str, norm: str) -> None:
     """A network that overflows away from the data is not robust there."""
     network = Network()
     x, y = samples(network)
@@ -188,8 +189,18 @@ def test_nan_on_the_way_is_misclassified_and_no_error(name: str) -> None:
         is_clean = (64 * images - (64 * images).round()).abs().flatten(1).amax(1, keepdim=True) < 1e-3
         return torch.where(is_clean, logits, logits * math.nan)
 
-    x_adv = brief(name)(forward, x, y, runtime=EAGER)
+    attack = brief(name, **({} if name == "CW" else {"norm": norm}))
+    x_adv = attack(forward, x, y, runtime=EAGER)
     assert x_adv.isfinite().all()
+    if name == "AutoAttack":
+        assert forward(x_adv).isnan().any(1)[1:].all()
+
+
+def test_nan_is_no_class() -> None:
+    logits = torch.full((2, CLASSES), math.nan)
+    labels = torch.tensor([[0, 1], [3, 0]])
+    assert PGD().is_fooled(logits, labels).all()
+    assert not PGD(targeted="given").is_fooled(logits, labels).any()
 
 
 @pytest.mark.parametrize("function", [lambda logits: logits[:, 0], lambda logits: logits[..., None]])

@@ -49,15 +49,16 @@ def test_the_best_point_is_never_worse_than_the_last(name: str, norm: str) -> No
     ("name", "norm"), [(name, norm) for name in ("PGD", "APGD", "Square", "FAB", "RSFGSM") for norm in norms_of(name)]
 )
 def test_more_restarts_fool_no_fewer(name: str, norm: str) -> None:
-    options = {**options_of(norm), **({"loss": "margin"} if name in ("PGD", "RSFGSM") else {})}
+    options = {**options_of(norm), **({"loss": "margin"} if name in ("PGD", "RSFGSM", "APGD") else {})}
     _, once, margin = attacked(weak(name, restarts=1, **options))
     _, often, best_margin = attacked(weak(name, restarts=4, **options))
     assert (often | ~once).all()
     assert not once.all()
     assert once.any()
-    if name in ("PGD", "RSFGSM"):
-        assert (best_margin >= margin).all()
-        assert (best_margin > margin).any()
+    if "loss" in options:
+        held = ~often if name == "APGD" else slice(None)  # of samples that are fooled it looks for no larger loss
+        assert (best_margin >= margin)[held].all()
+        assert (best_margin > margin)[held].any()
 
 
 @pytest.mark.parametrize("name", LEAVING)
@@ -75,8 +76,10 @@ def test_samples_that_leave_change_no_verdict(name: str) -> None:
 @pytest.mark.parametrize("keep", ["last", "best"])
 @pytest.mark.parametrize("name", ["PGD", "MIFGSM", "VMIFGSM"])
 def test_samples_that_hold_out_are_what_they_are_without_leaving(name: str, keep: str) -> None:
-    stopping, fooled, _ = attacked(weak(name, keep=keep, stop_at_success=True, restarts=1))
-    running, _, _ = attacked(weak(name, keep=keep, restarts=1))
+    # Steps so long that the last point is not the best.
+    options = {"keep": keep, "steps": 6, "step_size": EPS["linf"], "restarts": 1}
+    stopping, fooled, _ = attacked(weak(name, stop_at_success=True, **options))
+    running, _, _ = attacked(weak(name, **options))
     torch.testing.assert_close(stopping[~fooled], running[~fooled], atol=1e-12, rtol=0)
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gradprune.attacks import Attack, AutoAttack, Runtime
+from gradprune.attacks import AutoAttack, Runtime
 from gradprune.bench import attack_candidates, attacks, baselines, plot, record, tables
 from gradprune.bench.attack_candidates import METHODS, Method, choose_methods, our_contender
 from gradprune.bench.baselines import Baseline, Contender
@@ -22,9 +22,9 @@ from gradprune.bench.measure import Budget, CheckFailed
 from gradprune.bench.record import (
     ACTIVE_SET,
     BARE_STEP,
-    EVERY_PART,
     FULL_BATCH,
     GRADPRUNE,
+    NOTHING_DROPPED,
     RUNTIME,
     TORCHATTACKS,
     TORCHATTACKS_COMPILED,
@@ -37,6 +37,7 @@ from gradprune.bench.record import (
 )
 from gradprune.cli import main
 from gradprune.errors import GradpruneError, OptionError
+from gradprune.runtime import Query
 
 HERE = {"cpu": "A processor", "blas": "mkl", "onednn": "3", "torch": "2"}
 EAGER = Runtime(compile=False)
@@ -314,7 +315,7 @@ def test_the_active_set_changes_no_verdict() -> None:
     assert len(trained.x) == 24
     for attack, make in attacks.ACTIVE.items():
         found = attacks.measure_active_set(attack, make, trained, Settings(), ONCE, EAGER)
-        names = [ACTIVE_SET, FULL_BATCH, *[EVERY_PART] * (attack == "autoattack")]
+        names = [ACTIVE_SET, FULL_BATCH, *[NOTHING_DROPPED] * (attack == "autoattack")]
         assert [one.candidate for one in found] == names
         assert [(one.failed, one.other_verdicts) for one in found[:2]] == [(None, 0)] * 2
         assert found[0].success_rate is not None
@@ -333,25 +334,32 @@ def test_half_of_the_samples_are_fooled_in_the_ball_that_is_found() -> None:
     found = attacks.half_fooled(Workload(case, model, x, torch.ones(10, dtype=torch.int64)))
     assert found.case.eps == pytest.approx(0.05, abs=attacks.LARGEST_EPS / 2**attacks.HALVINGS + 1e-6)
     assert found.case.eps >= 0.05
-    assert found.case.step_size == pytest.approx(found.case.eps / 10)
+    assert found.case.step_size == pytest.approx(found.case.eps / 4)
 
 
-def test_every_part_is_given_all_samples(work: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
-    given = {AutoAttack: [], attacks.EveryPart: []}  # type: ignore[var-annotated]
-    for kind, sizes in given.items():
-        attack = attacks.auto_attack(work.case, kind)
-        for part in {type(part) for part in attack.parts}:
+def test_the_whole_ensemble_drops_nothing(work: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
+    y = work.y.clone()
+    y[0] = (y[0] + 1) % 10  # fooled from the start
+    case = dataclasses.replace(work.case, eps=0.5)
+    shown: dict[type[AutoAttack], set[int]] = {}
+    verdicts = []
+    for kind in (AutoAttack, attacks.WholeEnsemble):
+        attack = attacks.auto_attack(case, kind)
+        sizes: list[int] = []
+        gradient = Query.gradient
 
-            def run(self: Attack, query: Any, x: Tensor, labels: Tensor, generator: Any, sizes: Any = sizes) -> Tensor:
-                sizes.append(len(x))
-                return x.clone() if len(sizes) > 1 else 1 - x  # the first fools some
+        def counted(self: Query, x: Tensor, *others: Any, sizes: list[int] = sizes, real: Any = gradient) -> Any:
+            sizes.append(len(x))
+            return real(self, x, *others)
 
-            monkeypatch.setattr(part, "run", run)
-        fooled_from_the_start = work.y.clone()
-        fooled_from_the_start[0] = (fooled_from_the_start[0] + 1) % 10
-        attack(work.model, work.x, fooled_from_the_start, runtime=EAGER)
-    assert given[attacks.EveryPart] == [4, 4, 4, 4]
-    assert given[AutoAttack][0] == 3
+        with monkeypatch.context() as patch:
+            patch.setattr(Query, "gradient", counted)
+            x_adv = attack(work.model, work.x, y, runtime=dataclasses.replace(EAGER, active_set=False))
+        shown[kind] = set(sizes)
+        verdicts.append(work.model(x_adv).argmax(1) != y)
+    assert min(shown[AutoAttack]) < 3  # what it has fooled is gone
+    assert shown[attacks.WholeEnsemble] - {4} <= {3}  # FAB has nothing to do for what is misclassified as it is
+    assert torch.equal(*verdicts)
 
 
 # Command line
