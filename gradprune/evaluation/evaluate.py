@@ -193,6 +193,10 @@ def _in_parts(
     subject: Subject, attack: AutoAttack, x: Tensor, y: Tensor, clean: Tensor, place: Place, number: int, seed: int
 ) -> tuple[Tensor, float]:
     """AutoAttack, with what it has reached written down after each of its parts."""
+    if x.ndim != 4:  # its last part would find that out after all others
+        raise AttackError(
+            f"AutoAttack is for images (N, C, H, W), not inputs of shape {tuple(x.shape)}: use apgd or fab"
+        )
     file = place.partial(number)
     x_adv, is_open, first, seconds = x.clone(), _predictions(clean) == y, 0, 0.0
     if file.exists():

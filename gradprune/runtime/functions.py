@@ -49,7 +49,8 @@ def logits_function(model: Callable[[Tensor], Tensor], autocast: torch.dtype | N
     def logits(x: Tensor) -> Tensor:
         with torch.no_grad(), torch.autocast(x.device.type, autocast, enabled=autocast is not None):
             values = model(x)
-        return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+        is_half = isinstance(values, Tensor) and values.dtype in (torch.float16, torch.bfloat16)
+        return values.float() if is_half else values
 
     return logits
 
@@ -138,14 +139,15 @@ class Functions:
     A copy of the model, or one that is saved and loaded, has none.
 
     Attributes:
-        classes: How many classes the model tells apart, by the shape of one input.
+        classes: How many classes the model tells apart, by the shape of one input and the number of weights, with which
+            an exchanged last layer is another model.
     """
 
     ATTRIBUTE = "_gradprune_functions"
 
     def __init__(self) -> None:
         self._functions: dict[Any, Sized] = {}
-        self.classes: dict[torch.Size, int] = {}
+        self.classes: dict[tuple[torch.Size, int], int] = {}
 
     @staticmethod
     def of(model: Any) -> Functions:

@@ -175,10 +175,12 @@ class Query:
     def _count_classes(self, x: Tensor) -> int:
         """Ask the model itself, once: a label that is no class must be found before a GPU does."""
         known = self._functions.classes
-        if x.shape[1:] not in known:
+        parameters = self._model.parameters() if isinstance(self._model, nn.Module) else ()
+        key = x.shape[1:], sum(parameter.numel() for parameter in parameters)
+        if key not in known:
             logits = logits_function(self._model, self.runtime.autocast)(x[:1] if self.separable else x)
             if not isinstance(logits, Tensor) or logits.ndim != 2:
                 shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
                 raise AttackError(f"the model has to return logits (N, classes), not {shape}: wrap it in a function")
-            known[x.shape[1:]] = logits.shape[1]
-        return known[x.shape[1:]]
+            known[key] = logits.shape[1]
+        return known[key]

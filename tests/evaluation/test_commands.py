@@ -19,6 +19,7 @@ from gradprune.attacks import APGD, FAB, PGD, Attack, AutoAttack
 from gradprune.cli import main
 from gradprune.errors import AttackError, GradpruneError
 from gradprune.evaluation import evaluate
+from gradprune.evaluation.attacks import ATTACKS
 from gradprune.evaluation.distributed import Ranks
 from gradprune.evaluation.records import read_arrays, write_arrays
 
@@ -133,12 +134,27 @@ def test_targets_are_reached_and_counted(project: Project) -> None:
     assert "100.00%" in (project.folder / "out" / "accuracy.md").read_text()
 
 
+@pytest.mark.parametrize(("norm", "eps"), [("linf", "0.05"), ("l2", "0.4"), ("l1", "2")])
+def test_every_attack_passes_the_check_of_its_ball(project: Project, norm: str, eps: str) -> None:
+    names = [name for name in ATTACKS if norm == "l2" or name not in ("cw", "deepfool")]
+    settings = ("--steps", "4", "--set", "queries=9", "--set", "targets=2")
+    assert project.run("evaluate", "--attack", *names, "--norm", norm, "--eps", eps, *settings, batch=22) == 0
+    records = project.records().values()
+    assert {record["label"].split(",")[0] for record in records} == {"clean", *names}
+    for record in records:
+        if record["eps"] is not None and record["perturbation"]:
+            assert record["perturbation"]["max"] <= float(eps) + 1e-5
+
+
 def test_inputs_that_are_no_images_have_no_pictures(project: Project) -> None:
     (project.folder / "flat.py").write_text("from torch import nn\ndef net(): return nn.Linear(7, 3)\n")
     np.savez("vectors.npz", x=np.random.default_rng(0).random((5, 7)), y=np.array([0, 1, 2, 0, 1]))
     arguments = ["attack", "--model", "flat:net", "--data", "vectors.npz", "--attack", "fgsm", "--no-compile"]
     assert main([*arguments, "--output", "out"]) == 0
     assert project.files() == ["adversarial.npz", "record.json"]
+    arguments[arguments.index("fgsm")] = "autoattack"
+    assert main([*arguments, "--output", "none"]) == 1
+    assert project.files("none") == []
 
 
 def test_the_records_of_two_calls_make_one_table(project: Project) -> None:

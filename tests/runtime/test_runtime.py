@@ -328,7 +328,19 @@ def test_wrong_setting(arguments: dict[str, object], message: str):
         Runtime(**arguments)  # type: ignore[arg-type]
 
 
-def test_model_that_returns_no_logits():
+@pytest.mark.parametrize("model", [lambda x: x, lambda x: (x.flatten(1), x)], ids=["images", "tuple"])
+def test_model_that_returns_no_logits(model: Callable[..., object]):
     x, y = samples()
     with pytest.raises(gradprune.AttackError, match=r"logits \(N, classes\)"):
-        FGSM(eps=0.1)(lambda x: x, x, y)
+        FGSM(eps=0.1)(model, x, y)
+
+
+def test_exchanged_head_has_other_classes():
+    model = Network()
+    x, y = samples()
+    FGSM(eps=0.1)(model, x, y, runtime=EAGER)
+    model.fc = nn.Linear(512, 7)
+    FGSM(eps=0.1)(model, x, torch.full_like(y, 6), runtime=EAGER)
+    model.fc = nn.Linear(512, 3)
+    with pytest.raises(gradprune.AttackError, match="0 to 2"):
+        FGSM(eps=0.1)(model, x, torch.full_like(y, 4), runtime=EAGER)
