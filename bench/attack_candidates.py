@@ -33,10 +33,11 @@ from gradprune.attacks import (
 )
 from gradprune.demo.attack import Step
 from gradprune.errors import GradpruneError, OptionError
+from gradprune.evaluation.vision import let_torchvision_import
 from gradprune.options import unknown
 
 from .baselines import DTYPES, Baseline, Contender
-from .cases import SEED, Case, Workload, _let_torchvision_import
+from .cases import SEED, Case, Workload
 from .record import (
     GRADPRUNE,
     TORCHATTACKS,
@@ -281,7 +282,7 @@ def torchattacks() -> Any:
     """
     # What torchvision lacks must be known to torch before something imports it; without torchvision there is nothing.
     with contextlib.suppress(ImportError):
-        _let_torchvision_import()
+        let_torchvision_import()
     try:
         return importlib.import_module("torchattacks")
     except ImportError as error:

@@ -299,7 +299,8 @@ def measure_overhead(
         vars(contender.model)[Functions.ATTRIBUTE] = Clock()
         return contender
 
-    blank = Attacked("overhead", case.name, f"pgd-{OVERHEAD_STEPS}", "", eps=case.eps, norm="linf")
+    name = f"pgd-{OVERHEAD_STEPS}"
+    blank = Attacked("overhead", case.name, name, "", steps=OVERHEAD_STEPS, eps=case.eps, norm="linf")
     baselines = [Baseline("", BARE_STEP, build_bare), Baseline("", RUNTIME, build_attack)]
     check = partial(check_examples, work, case.eps)
     trials = run_in_turn(blank, baselines, work, settings, budget, check)

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from gradprune.demo.models import BRANCH_SCALE
 from gradprune.errors import OptionError
+from gradprune.evaluation.vision import let_torchvision_import
 from gradprune.options import unknown
 
 SEED = 0
@@ -174,23 +175,10 @@ def _tiny() -> nn.Module:
 
 
 def _timm(name: str, **options: Any) -> nn.Module:
-    _let_torchvision_import()
+    let_torchvision_import()
     import timm
 
     return timm.create_model(name, **options)
-
-
-def _let_torchvision_import() -> None:
-    """Declare the operators that a torchvision built for another torch lacks, for timm imports torchvision.
-
-    The networks use none of them: schemas without kernels are enough.
-    """
-    try:
-        import torchvision  # noqa: F401
-    except RuntimeError:
-        for name in ("nms", "qnms"):
-            if not hasattr(torch.ops.torchvision, name):
-                torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float threshold) -> Tensor")
 
 
 def _calibrate(model: nn.Module, images: Tensor) -> None:

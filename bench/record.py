@@ -177,6 +177,7 @@ class Attacked(Timed):
         failed: Why there are no figures; ``None`` if there are.
         seconds: For every round, the seconds of the whole attack. Round ``i`` of all candidates of an attack on a case
             ran in turn.
+        steps: How many steps these are of, where it is a figure of each that matters.
         cold_seconds: Duration of the first attack, if it compiles, with empty disk caches.
         eps: Radius of the ball, in the Linf norm.
         norm: Name of the norm of ``distance``.
@@ -197,6 +198,7 @@ class Attacked(Timed):
     candidate: str
     failed: str | None = None
     seconds: list[float] = field(default_factory=list)
+    steps: int | None = None
     cold_seconds: float | None = None
     eps: float | None = None
     norm: str | None = None

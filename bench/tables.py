@@ -362,6 +362,7 @@ OVERHEAD: dict[str, Cell] = {
     "attack": lambda contest, record: f"{record.case}, {record.attack}, {record.candidate}",
     "s": ATTACKS["s"],
     "IQR": ATTACKS["IQR"],
+    "ms/step": _timed(lambda record: 1e3 * record.median / record.steps if record.steps else None),
     f"vs {BARE_STEP}": _against(BARE_STEP, spread=True),
     f"of {BARE_STEP}": _against(BARE_STEP, inverse=True),
     "outside": lambda contest, record: "-" if record.outside_share is None else f"{record.outside_share:.2%}",

@@ -14,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 import gradprune.backend
+from gradprune.evaluation.vision import let_torchvision_import
 
 # --- Attack steps -----------------------------------------------------------------------------------------------------
 
@@ -212,24 +213,9 @@ class ModelState:
 # --- Packages that tests borrow networks from -------------------------------------------------------------------------
 
 
-def torchvision_shim() -> None:
-    """Make torchvision importable where its compiled operators cannot be loaded, for the sake of timm.
-
-    A torchvision that was built for another torch, or for CUDA, fails at import because its operators do not exist.
-    The networks use none of them: schemas without kernels are enough.
-    """
-    try:
-        import torchvision  # noqa: F401
-    except RuntimeError:
-        for name in ("nms", "qnms"):
-            if not hasattr(torch.ops.torchvision, name):
-                schema = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-                torch.library.define(f"torchvision::{name}", schema)
-
-
 def timm_model(name: str, **options: Any) -> nn.Module:
     """A network of timm without pretrained weights, in evaluation mode."""
-    torchvision_shim()
+    let_torchvision_import()
     import timm
 
     model: nn.Module = timm.create_model(name, **options)

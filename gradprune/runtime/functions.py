@@ -1,11 +1,11 @@
 """The functions that are compiled: gradient and logits of one model, for batches of a few sizes.
 
 Note [Sizes]: a compiled step is specialised to the size of its batch, and compiling another takes as long as the first.
-So only two sizes are ever asked for: the largest batch seen so far and a quarter of it. Any number of rows is cut into
-these, and the last piece is filled up with copies of its first row, which costs less than a quarter of a batch. That
-makes it possible for samples to leave an attack that is over for them, and for the last batch of a data set to be a
-smaller one. It requires that samples do not see each other, which batch norm in training mode breaks: then a batch is
-computed as it is.
+So only two sizes are ever asked for: the largest batch seen so far, and an eighth of it, or a quarter on a GPU, which
+small batches leave idle. Any number of rows is cut into these, and the last piece is filled up with copies of its first
+row, which costs less than the smaller size. That makes it possible for samples to leave an attack that is over for
+them, and for the last batch of a data set to be a smaller one. It requires that samples do not see each other, which
+batch norm in training mode breaks: then a batch is computed as it is.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from ..compile import compile as compile_step
 Answer = tuple[Tensor, Tensor, Tensor]
 """Losses ``(N,)``, logits ``(N, classes)`` and the gradient of the sum of the losses, shaped like the inputs."""
 
-QUARTER = 4
+PARTS, PARTS_ON_GPU = 8, 4
+SMALLEST = 4
+"""Rows of the smaller size, at least: kernels for a single row are slow ones."""
 
 
 def gradient_function(
@@ -55,6 +57,12 @@ def logits_function(model: Callable[[Tensor], Tensor], autocast: torch.dtype | N
     return logits
 
 
+def small_size(largest: int, device: torch.device) -> int:
+    """The other size beside ``largest``, see Note [Sizes]."""
+    parts = PARTS if device.type == "cpu" else PARTS_ON_GPU
+    return min(largest, max(-(-largest // parts), SMALLEST))
+
+
 class Sized:
     """A function of batches, compiled for at most two sizes, see Note [Sizes].
 
@@ -85,7 +93,7 @@ class Sized:
         self._largest = max(self._largest, batch or len(x))
         pieces = [
             self._padded(size, x[begin:end], *(_rows(other, begin, end) for other in others))
-            for size, begin, end in self._cuts(len(x))
+            for size, begin, end in self._cuts(len(x), small_size(self._largest, x.device))
         ]
         if len(pieces) == 1:
             return pieces[0]
@@ -93,13 +101,12 @@ class Sized:
             return torch.cat(pieces)
         return tuple(torch.cat(parts) for parts in zip(*pieces, strict=True))
 
-    def _cuts(self, rows: int) -> Iterator[tuple[int, int, int]]:
+    def _cuts(self, rows: int, small: int) -> Iterator[tuple[int, int, int]]:
         """How ``rows`` rows are cut: size computed, first row, row behind the last."""
-        small = -(-self._largest // QUARTER)
         begin = 0
         while begin < rows:
             left = rows - begin
-            size = self._largest if left > (QUARTER - 1) * small else small
+            size = small if -(-left // small) * small < self._largest else self._largest
             yield size, begin, begin + min(size, left)
             begin += size
 

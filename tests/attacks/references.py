@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from helpers import torchvision_shim
+from gradprune.evaluation.vision import let_torchvision_import
 
-torchvision_shim()
+let_torchvision_import()
 
 import foolbox  # noqa: E402
 import torchattacks  # noqa: E402

@@ -67,7 +67,7 @@ RECORDS = [
     timed("attacks", "fgsm", GRADPRUNE, 2.0, 4.0, 2.0, cold_seconds=12.0, compilations=2, differing=0.125),
     Attacked("attacks", "tiny-b1", "cw", TORCHATTACKS_COMPILED, failed="a reason"),
     timed("overhead", "pgd-50", BARE_STEP, 1.0, 1.0, 1.0),
-    timed("overhead", "pgd-50", RUNTIME, 1.25, 1.25, 1.25, outside=[0.01, 0.03, 0.02]),
+    timed("overhead", "pgd-50", RUNTIME, 1.25, 1.25, 1.25, steps=50, outside=[0.01, 0.03, 0.02]),
     timed("active-set", "pgd-50", ACTIVE_SET, 1.0, 1.0, 1.0, other_verdicts=1, compilations=3, success_rate=0.75),
     timed("active-set", "pgd-50", FULL_BATCH, 2.0, 2.0, 2.0, other_verdicts=0),
 ]
@@ -117,7 +117,7 @@ def test_tables_show_losses_like_wins(tmp_path: Path) -> None:
     assert ours[7:] == ["10", "2", "-", "50.0%", "0.25 linf", "12.5%"]
     assert row(f"fgsm, {TORCHATTACKS_COMPILED}")[1:] == ["-"] * 12
     assert f"**{TORCHATTACKS_COMPILED} failed:** a reason (fgsm, cw)" in lines
-    assert row(f"tiny-b1, pgd-50, {RUNTIME}")[3:6] == ["0.80x (0.80-0.80)", "125.0% (125.0%-125.0%)", "2.00%"]
+    assert row(f"tiny-b1, pgd-50, {RUNTIME}")[3:7] == ["25", "0.80x (0.80-0.80)", "125.0% (125.0%-125.0%)", "2.00%"]
     active = row(f"pgd-50, {ACTIVE_SET}")
     assert active[1:] == ["0.25", "1", "0", "50.0% (50.0%-50.0%)", "-", "25.0%", "1", "-", "3"]
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import torchvision_shim
 from torch import Tensor, nn
 
 from gradprune.bench import baselines, cases, command, first_step, kernels, measure, plot, record, tables
@@ -31,6 +30,7 @@ from gradprune.bench.record import (
 )
 from gradprune.cli import main
 from gradprune.errors import OptionError
+from gradprune.evaluation.vision import let_torchvision_import
 from gradprune.passes.pipeline import PASS_NAMES
 
 EAGER = ["backward", "grad", "frozen"]
@@ -242,7 +242,7 @@ SMALL = [
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.network)
 def test_cases_are_deterministic_and_have_a_gradient(case: Case) -> None:
     if case.requires:
-        torchvision_shim()
+        let_torchvision_import()
         pytest.importorskip(case.requires)
     work, again = case.prepare(), case.prepare()
     assert torch.equal(work.x, again.x)

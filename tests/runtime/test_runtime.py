@@ -20,7 +20,7 @@ from torch._dynamo.utils import counters
 import gradprune
 from gradprune.attacks import FGSM, PGD, Runtime, Square
 from gradprune.prologue import HoistedStep, _steps
-from gradprune.runtime.functions import QUARTER, Functions, Sized
+from gradprune.runtime.functions import Functions, Sized, small_size
 
 EAGER = Runtime(compile=False)
 
@@ -77,7 +77,7 @@ def test_any_number_of_rows_is_computed_in_two_sizes(rows: list[int]):
         doubled, same = function(x, torch.tensor(2.0), other)
         assert torch.equal(doubled, 2 * x)
         assert torch.equal(same, other)
-        small = -(-largest // QUARTER)
+        small = small_size(largest, torch.device("cpu"))
         assert set(seen) <= {largest, small}
         assert sum(seen) < count + small
     assert function.compilations <= 2
