@@ -116,7 +116,7 @@ def test_strict_raises(form: str, message: str):
 
 
 def test_graph_that_cannot_be_classified(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
-    def fails(gm: fx.GraphModule) -> Any:
+    def fails(gm: fx.GraphModule, **settings: Any) -> Any:
         for node in list(gm.graph.nodes)[::-1]:
             if not node.users and node.op != "placeholder":
                 gm.graph.erase_node(node)

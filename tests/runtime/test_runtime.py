@@ -190,6 +190,35 @@ def test_forward_queries_share_one_prologue(steps: Callable[[], list[HoistedStep
     assert steps()
 
 
+def test_function_without_gradient_is_hoisted_and_never_stale():
+    model = Network()
+    x, _ = samples()
+
+    @torch.no_grad()
+    def query(x: Tensor) -> Tensor:
+        return model(x)
+
+    compiled = gradprune.compile(query, forward_only=True)
+    torch.testing.assert_close(compiled(x), query(x))
+    (report,) = gradprune.reports(compiled)
+    assert report.hoisted
+    assert report.form == "step"
+    for parameter in model.parameters():
+        parameter.data += 0.1
+    torch.testing.assert_close(compiled(x), query(x))
+
+
+def test_forward_only_leaves_a_model_that_is_differentiated_as_it_is(no_code: None):
+    model = Network()
+    x, y = samples()
+    gradients = []
+    for callee in (model, gradprune.compile(model, forward_only=True)):
+        x_adv = x.clone().requires_grad_(True)
+        F.cross_entropy(callee(x_adv), y).backward()
+        gradients.append(x_adv.grad)
+    torch.testing.assert_close(*gradients)
+
+
 def test_functions_go_with_the_model(no_code: None):
     model = Network()
     x, y = samples()
