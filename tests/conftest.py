@@ -7,10 +7,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from gradprune.passes import prepack_convolutions
+
 
 def pytest_configure() -> None:
-    """Run every test on one thread: operands are so small that threads would do little but wait for each other."""
+    """Run every test on one thread, and pack every convolution: those of tests are too small for either to pay off."""
     torch.set_num_threads(1)
+    prepack_convolutions.WORTH_FLOPS = 0
 
 
 @pytest.fixture(autouse=True)

@@ -19,6 +19,7 @@ import gradprune
 from gradprune.analysis.cost import count_flops
 from gradprune.ops import pack_convolution, packed_convolution, subpixel_weight
 from gradprune.ops.subpixel import subpixel
+from gradprune.passes import prepack_convolutions as module
 from gradprune.passes.base import PassResult, Tier
 from gradprune.passes.dgrad_as_convolution import DgradAsConvolution
 from gradprune.passes.hoist_invariants import HoistInvariants
@@ -232,6 +233,14 @@ def test_dimensions_may_differ(case: str):
     for step_graph in (forward(RECTANGULAR[case], bias=True), input_gradient(RECTANGULAR[case])):
         assert how(prepack(step_graph)) in (PACKED, FLIPPED)
         check_packed(step_graph)
+
+
+def test_small_convolution_stays(monkeypatch: pytest.MonkeyPatch):
+    flops = count_flops(forward(SMALL))["forward"]
+    monkeypatch.setattr(module, "WORTH_FLOPS", flops + 1)
+    assert not apply(PrepackConvolutions(), forward(SMALL)).result.changed
+    monkeypatch.setattr(module, "WORTH_FLOPS", flops)
+    assert apply(PrepackConvolutions(), forward(SMALL)).result.changed
 
 
 @pytest.mark.parametrize("padding", [[1], [1, 1]])
