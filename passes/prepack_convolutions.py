@@ -14,8 +14,9 @@ step, the pass packs the weight of every convolution and replaces
 - a convolution followed by nothing but a ReLU by one operator.
 
 Convolutions of less than ``WORTH_FLOPS`` stay: of so few operations, most of a call's time is oneDNN's own overhead,
-and torch's other kernels have less. Legal for two and three spatial dimensions and types that oneDNN computes in (not float64), if the weight depends on
-weights alone. Needs ``hoist-invariants``: packed weights exist between prologue and step only. Reorders float.
+and torch's other kernels have less. Legal for two and three spatial dimensions and types that oneDNN computes in (not
+float64), if the weight depends on weights alone. Needs ``hoist-invariants``: packed weights exist between prologue and
+step only. Reorders float.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ FEW_CHANNELS = 4
 
 WORTH_FLOPS = 500_000
 """Floating-point operations from which on a packed convolution is faster. On one thread of a server, a call of oneDNN
-takes 25 us or more; 3x3 convolutions of 0.3, 0.6 and 2.4 million operations took 15, 49 and 70 us without it, and packed
-28, 42 and 50."""
+takes 25 us or more; 3x3 convolutions of 0.3, 0.6 and 2.4 million operations took 15, 49 and 70 us without packing, and
+28, 42 and 50 us with it."""
 
 
 @dataclass(frozen=True)
