@@ -1,7 +1,7 @@
 """The functions that are compiled: gradient and logits of one model, for batches of a few sizes.
 
 Note [Sizes]: a compiled step is specialised to the size of its batch, and compiling another takes as long as the first.
-So only two sizes are ever asked for: the largest batch seen so far, and an eighth of it, or a quarter on a GPU, which
+So only two sizes are ever asked for: the largest batch seen so far, and a sixth of it, or a quarter on a GPU, which
 small batches leave idle. Any number of rows is cut into these, and the last piece is filled up with copies of its first
 row, which costs less than the smaller size. That makes it possible for samples to leave an attack that is over for
 them, and for the last batch of a data set to be a smaller one. It requires that samples do not see each other, which
@@ -22,7 +22,7 @@ from ..compile import compile as compile_step
 Answer = tuple[Tensor, Tensor, Tensor]
 """Losses ``(N,)``, logits ``(N, classes)`` and the gradient of the sum of the losses, shaped like the inputs."""
 
-PARTS, PARTS_ON_GPU = 8, 4
+PARTS, PARTS_ON_GPU = 6, 4
 SMALLEST = 4
 """Rows of the smaller size, at least: kernels for a single row are slow ones."""
 
