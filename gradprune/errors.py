@@ -53,3 +53,7 @@ class DoubleBackwardError(GradpruneError):
 
 class AttackError(GradpruneError, ValueError):
     """An attack cannot be run on this model with these inputs."""
+
+
+class TrainingError(GradpruneError):
+    """Training cannot go on, or not from this checkpoint."""

@@ -1,0 +1,23 @@
+"""Adversarial training whose inner attack and outer step are compiled separately.
+
+trainer = AdversarialTrainer(model, optimizer, PGDTraining(attack=PGD(eps=8 / 255)))
+"""
+
+from .objectives import AWP, MART, OBJECTIVES, TRADES, Fast, Free, NearPGD, Objective, PGDTraining, Plain
+from .trainer import AdversarialTrainer, Metrics, linear_eps
+
+__all__ = [
+    "AWP",
+    "MART",
+    "OBJECTIVES",
+    "TRADES",
+    "AdversarialTrainer",
+    "Fast",
+    "Free",
+    "Metrics",
+    "NearPGD",
+    "Objective",
+    "PGDTraining",
+    "Plain",
+    "linear_eps",
+]

@@ -1,0 +1,287 @@
+"""Adversarial training: an inner attack without weight gradients, an outer step with them, each compiled on its own.
+
+Both read the same weights, which are inputs of the compiled code, so that an update recompiles neither.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from ..attacks import Attack, Runtime
+from ..errors import OptionError, TrainingError
+from ..options import unknown
+from ..runtime.guard import unchanged
+from .objectives import AWP, Free, Objective, Outcome
+from .outer import BatchNorm, Outer, Statistics
+
+EpsSchedule = Callable[[int], float]
+"""From the number of updates so far to what ``eps`` and ``step_size`` are multiplied by, from 0 to 1."""
+
+
+def linear_eps(updates: int) -> EpsSchedule:
+    """Let eps grow from zero to its value during the first so many updates."""
+    return lambda done: min(1.0, (done + 1) / updates)
+
+
+@dataclass
+class Metrics:
+    """What one iteration did.
+
+    Attributes:
+        loss: Outer loss, a scalar on the model's device; of Free the last replay's.
+        correct: How many samples the model classified rightly in the outer step, int64, a scalar there: adversarial
+            examples, or the inputs themselves with ``Plain``.
+        samples: Of how many.
+    """
+
+    loss: Tensor
+    correct: Tensor
+    samples: int
+
+
+class AdversarialTrainer:
+    """Trains a model against an objective, batch by batch.
+
+    Args:
+        model: From inputs ``(N, ...)`` to logits ``(N, classes)``; its weights are updated in place. It is trained in
+            the modes that its modules are in: call ``model.train()`` first.
+        optimizer: Updates them.
+        objective: What is minimised, such as ``PGDTraining(attack=PGD(eps=8 / 255))``.
+        scheduler: Of the learning rate; its ``step()`` is called after every update.
+        eps_schedule: See ``EpsSchedule``; such as ``linear_eps(1000)``.
+        batch_norm: What batch norm does during the attack. ``"eval"``: normalises by the running statistics.
+            ``"train"``: by those of the attacked batch, and the running ones stay as they are. ``"separate"``: as
+            ``"eval"``, by statistics that only adversarial examples of the outer step contribute to, while clean inputs
+            contribute to the model's own.
+        autocast: Type to run the model in. ``torch.float16`` scales the loss.
+        clip: Largest norm of all weight gradients together; ``None`` for any.
+        accumulate: Batches whose gradients are averaged for an update.
+        ema: Decay of an exponential moving average of the weights, see ``averaged``; ``None`` for none.
+        compile: Compile both steps; ``False`` runs them eagerly, the attack with frozen weights.
+        options: For the compilation of the attack, see ``gradprune.options.Options``.
+
+    Attributes:
+        iterations: Batches used so far.
+        updates: Updates of the weights so far.
+        state: What the objective keeps from batch to batch.
+
+    Raises:
+        OptionError: Something that does not exist or does not go together was asked for.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        objective: Objective,
+        *,
+        scheduler: LRScheduler | None = None,
+        eps_schedule: EpsSchedule | None = None,
+        batch_norm: BatchNorm = "eval",
+        autocast: torch.dtype | None = None,
+        clip: float | None = None,
+        accumulate: int = 1,
+        ema: float | None = None,
+        compile: bool = True,
+        options: dict[str, Any] | None = None,
+    ) -> None:
+        if batch_norm not in get_args(BatchNorm):
+            raise OptionError(unknown("batch_norm", batch_norm, get_args(BatchNorm)))
+        if batch_norm == "separate" and not (objective.uses_clean and objective.attack is not None):
+            raise OptionError(
+                'batch_norm="separate" needs an objective that trains on clean inputs and adversarial examples: TRADES, '
+                "MART, or PGDTraining(clean=0.5)"
+            )
+        if clip is not None and not clip > 0:
+            raise OptionError(f"clip has to be positive or None, not {clip!r}")
+        if accumulate < 1:
+            raise OptionError(f"accumulate has to be at least 1, not {accumulate!r}")
+        if accumulate > 1 and isinstance(objective, Free):
+            raise OptionError("Free updates the weights at every replay: leave accumulate at 1")
+        if ema is not None and not 0 <= ema < 1:
+            raise OptionError(f"ema has to be at least 0 and below 1, or None, not {ema!r}")
+        self._runtime = Runtime(
+            compile=compile,
+            autocast=autocast,
+            mode="keep" if batch_norm == "train" else "eval",
+            options=options or {},
+        )
+        self.weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if not self.weights:
+            raise OptionError("no parameter of the model requires a gradient: there is nothing to train")
+        given = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        if given.isdisjoint(map(id, self.weights)):
+            raise OptionError("the optimizer has none of the model's parameters: make it from model.parameters()")
+        self.model = model
+        self.optimizer = optimizer
+        self.objective = objective
+        self.scheduler = scheduler
+        self.accumulate = accumulate
+        self.batch_norm = batch_norm
+        self.clip = clip
+        self.ema = ema
+        self.autocast = autocast
+        self.iterations = 0
+        self.updates = 0
+        self.state: dict[str, Tensor] = {}
+        self.statistics = Statistics(model) if batch_norm == "separate" else None
+        self.averages = [weight.detach().clone() for weight in model.parameters()] if ema is not None else []
+        self._eps_schedule = eps_schedule
+        device = self.weights[0].device.type
+        self.scaler = torch.amp.GradScaler(device, enabled=autocast is torch.float16)
+        self._pending = 0
+        self._outer = Outer(model, objective, autocast, self.statistics)
+        # One graph for each size of batch: a graph for all sizes is slower.
+        self._loss: Any = torch.compile(self._outer, dynamic=False) if compile else self._outer
+
+    # --- One batch ----------------------------------------------------------------------------------------------------
+
+    def step(self, x: Tensor, y: Tensor) -> Metrics:
+        """Attack a batch and update the weights.
+
+        Args:
+            x: Clean inputs ``(N, ...)``, floating point, on the model's device, within the attack's ``bounds``.
+            y: Labels ``(N,)``, int64.
+
+        Raises:
+            AttackError: The inputs are unfit, see ``Attack.__call__``. Nothing has changed.
+            TrainingError: The loss is NaN or infinite. The weights are those before this update.
+        """
+        if not self._pending:
+            self.optimizer.zero_grad()
+        try:
+            loss, logits = self.objective.iterate(self, x, y)
+        except BaseException:
+            self.optimizer.zero_grad()
+            self._pending = 0
+            raise
+        self.iterations += 1
+        return Metrics(loss, (logits.argmax(1) == y).sum(), len(x))
+
+    def scheduled(self, attack: Attack) -> Any:
+        """``attack`` at the radius that is scheduled for now."""
+        if self._eps_schedule is None:
+            return attack
+        factor = self._eps_schedule(self.updates)
+        if not 0 <= factor <= 1:
+            raise OptionError(f"eps_schedule has to return numbers from 0 to 1, not {factor!r}")
+        lengths = {name: getattr(attack, name, None) for name in ("eps", "step_size")}
+        return replace(attack, **{name: factor * value for name, value in lengths.items() if value is not None})
+
+    def attack(self, attack: Attack, x: Tensor, y: Tensor) -> Tensor:
+        """Adversarial examples of a batch, shaped like ``x``, at the radius scheduled for now."""
+        with self.statistics.in_model() if self.statistics else nullcontext():
+            return self.scheduled(attack)(self.model, x, y, runtime=self._runtime)  # type: ignore[no-any-return]
+
+    def backward(self, x: Tensor, x_adv: Tensor, y: Tensor) -> Outcome:
+        """Run the outer step: add the gradients of the loss to those of the weights, and of ``x_adv`` if it wants.
+
+        Raises:
+            TrainingError: The loss is NaN or infinite.
+        """
+        loss, logits = self._loss(x, x_adv, y)
+        self.scaler.scale(loss / self.accumulate).backward()
+        loss = loss.detach()
+        if not bool(loss.isfinite()):
+            raise TrainingError(
+                f"the loss is {float(loss)} after {self.updates} updates: lower the learning rate, set clip, or use "
+                "bfloat16 in place of float16. The weights are those of before"
+            )
+        return loss, logits
+
+    def gradients(self, x: Tensor, x_adv: Tensor, y: Tensor) -> list[Tensor | None]:
+        """Gradients of the outer loss by ``layers()``; ``.grad`` and batch-norm statistics stay as they are."""
+        before = [weight.grad for weight in self.weights]
+        for weight in self.weights:
+            weight.grad = None
+        statistics = list(self.statistics.adversarial.values()) if self.statistics else []
+        copies = [value.clone() for value in statistics]
+        try:
+            with unchanged(self.model, "keep"):
+                self.backward(x, x_adv, y)
+            return [weight.grad for weight in self.layers()]
+        finally:
+            for value, copy in zip(statistics, copies, strict=True):
+                value.copy_(copy)
+            for weight, gradient in zip(self.weights, before, strict=True):
+                weight.grad = gradient
+
+    def layers(self) -> list[nn.Parameter]:
+        """The weights of layers, without biases and normalisation."""
+        return [
+            weight
+            for name, weight in self.model.named_parameters()
+            if weight.requires_grad and weight.ndim > 1 and name.rpartition(".")[2] == "weight"
+        ]
+
+    @contextmanager
+    def perturbed(self, changes: Sequence[Tensor | None]) -> Iterator[None]:
+        """Within the block, ``changes`` are added to ``layers()``; behind it these are what they were, exactly."""
+        layers = self.layers()
+        before = [weight.detach().clone() for weight in layers]
+        try:
+            with torch.no_grad():
+                for weight, change in zip(layers, changes, strict=True):
+                    if change is not None:
+                        weight.add_(change)
+            yield
+        finally:
+            with torch.no_grad():
+                for weight, value in zip(layers, before, strict=True):
+                    weight.copy_(value)
+
+    def update(self) -> None:
+        """Update the weights, once gradients of ``accumulate`` batches are there."""
+        self._pending += 1
+        if self._pending < self.accumulate:
+            return
+        self._pending = 0
+        if self.clip is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.weights, self.clip)
+        scale = self.scaler.get_scale()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        self.updates += 1
+        if self.scheduler is not None and self.scaler.get_scale() >= scale:  # else it has skipped the update
+            self.scheduler.step()
+        if self.ema is not None:
+            get_ema_multi_avg_fn(self.ema)(self.averages, list(self.model.parameters()), self.updates)
+
+    # --- Between batches ----------------------------------------------------------------------------------------------
+
+    @property
+    def is_between_updates(self) -> bool:
+        """Whether no gradients are accumulated, so that the state can be saved."""
+        return self._pending == 0
+
+    @contextmanager
+    def averaged(self) -> Iterator[nn.Module]:
+        """Within the block the model has the moving average of its weights, if there is one; yields it."""
+        with ExitStack() as stack:
+            if self.averages:
+                stack.enter_context(_holding(list(self.model.parameters()), self.averages))
+            yield self.model
+
+
+@contextmanager
+def _holding(weights: Sequence[Tensor], values: Sequence[Tensor]) -> Iterator[None]:
+    """Within the block ``weights`` hold ``values``."""
+    before = [weight.detach().clone() for weight in weights]
+    try:
+        with torch.no_grad():
+            torch._foreach_copy_(weights, values)
+        yield
+    finally:
+        with torch.no_grad():
+            torch._foreach_copy_(weights, before)
