@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +30,9 @@ from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.runtime.cache_dir_utils import cache_dir as inductor_cache_dir
+from torch._logging._internal import trace_structured
+from torch._subclasses.fake_tensor import is_fake
+from torch.utils._python_dispatch import _disable_current_modes as without_modes
 
 __all__ = [
     "TRACED_FLAGS",
@@ -43,6 +47,7 @@ __all__ = [
     "compile_fx_inner",
     "compile_wrapper_of",
     "compiling_code",
+    "compiling_name",
     "compiling_wrapper",
     "computes_in_channels_last",
     "declare_absent_outputs",
@@ -54,6 +59,7 @@ __all__ = [
     "functorch_grad",
     "inductor_cache_dir",
     "inductor_config",
+    "is_fake",
     "is_module_state",
     "leaves",
     "module_state_of_grad",
@@ -61,6 +67,8 @@ __all__ = [
     "scope_to_backend",
     "select_decomp_table",
     "size_hint",
+    "trace_artifact",
+    "without_modes",
 ]
 
 # --- Dynamo -----------------------------------------------------------------------------------------------------------
@@ -206,6 +214,12 @@ def compiling_code() -> Any:
     return None if translator is None else translator.output.root_tx.f_code
 
 
+def compiling_name() -> str:
+    """Name of the user's function whose frame is being compiled; empty outside of Dynamo, and for a module."""
+    code = compiling_code()
+    return "" if code is None or "_dynamo" in Path(code.co_filename).parts else str(code.co_name)
+
+
 def code_of(compiled: Any) -> Any:
     """Code object of the function that ``compiled`` was compiled from, ``None`` for a module."""
     return getattr(getattr(compiled, "_torchdynamo_orig_callable", None), "__code__", None)
@@ -294,6 +308,20 @@ def requests_weight_gradient(weights: Sequence[bool]) -> bool:
         everything = everything and runs
         asked = asked or (runs and is_weight)
     return asked and not everything
+
+
+# --- Logging ----------------------------------------------------------------------------------------------------------
+
+
+def trace_artifact(name: str, encoding: str, payload: Callable[[], str]) -> None:
+    """Add a text to torch's structured trace, which tlparse renders; nothing is made of it when nobody traces.
+
+    Args:
+        name: Name of the artifact.
+        encoding: ``"string"`` or ``"json"``.
+        payload: Makes the text.
+    """
+    trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": encoding}, payload_fn=payload)
 
 
 # --- Inductor ---------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from torch import fx
 from . import _torch
 from .capture import capture
 from .errors import GradpruneError, PassError
+from .inspect.observe import Observer
 from .inspect.report import Report
 from .lower import InnerCompile, compile_as_captured, copy_graph, lower, restore_graph
 from .options import Options
@@ -87,10 +88,17 @@ def compile_graph(
         restore_graph(gm.graph, backup)
         gm.recompile()
         report = Report("model", fallback=f"the captured graph could not be classified: {error!r}")
+        observer = Observer(report, options, _torch.compiling_name())
         log.warning("gradprune compiled a graph as captured, because classifying it failed: %s", error, exc_info=error)
-        return compile_as_captured(gm, example_inputs, options, inner_compile), report
+        compiled = compile_as_captured(gm, example_inputs, options, observer.compiling(inner_compile))
+        observer.finish()
+        return compiled, report
     report = Report(captured.form)
-    compiled = lower(gm, example_inputs, captured, options, report, inner_compile, run_prologue=run_prologue)
+    observer = Observer(report, options, _torch.compiling_name())
+    observer.dynamo(backup, example_inputs)
+    inner_compile = observer.compiling(inner_compile)
+    compiled = lower(gm, example_inputs, captured, options, report, inner_compile, observer, run_prologue=run_prologue)
+    observer.finish()
     return compiled, report
 
 

@@ -18,6 +18,7 @@ from . import _torch, passes
 from .analysis.regions import mark_backward
 from .capture import Capture
 from .errors import DoubleBackwardError, PassError, TrainingStepError, WeightGradientError
+from .inspect.observe import Observer
 from .inspect.report import Report
 from .options import Options
 from .passes import fold_batch_norm, gather_max_pool
@@ -39,6 +40,7 @@ def lower(
     options: Options,
     report: Report,
     inner_compile: InnerCompile,
+    observer: Observer,
     *,
     run_prologue: bool = True,
 ) -> Callback:
@@ -51,18 +53,20 @@ def lower(
         options: The backend's options.
         report: Filled in on the way.
         inner_compile: What turns an ATen graph into a callable.
+        observer: Told of every stage.
         run_prologue: Whether to split the graph into a prologue and a step. Not for a graph that never computes.
 
     Returns:
         A callable with the calling convention Dynamo expects of ``gm``.
     """
     if capture.form == "step" and options.fold_batch_norm and not options.exact_order:
-        _fold_batch_norm(gm, options, report)
-    pruning = PruningPass(capture, options, report, _torch.inductor_config.joint_custom_pre_pass)
+        _fold_batch_norm(gm, options, report, observer)
+    pruning = PruningPass(capture, options, report, observer, _torch.inductor_config.joint_custom_pre_pass)
+    compile_graph = functools.partial(_compile_graph, inner_compile, capture, options, report, observer, run_prologue)
     compiled = _compile_fx(
         gm,
         example_inputs,
-        inner_compile=functools.partial(_compile_graph, inner_compile, capture, options, report, run_prologue),
+        inner_compile=compile_graph,
         patches={**options.inductor_settings, "joint_custom_pre_pass": pruning},
         keep=_kept_operators(options),
     )
@@ -75,7 +79,7 @@ def _kept_operators(options: Options) -> Sequence[torch._ops.OpOverload]:
     return gather_max_pool.KEPT_OPERATORS if gather_max_pool.GatherMaxPool.name in selected else ()
 
 
-def _fold_batch_norm(gm: fx.GraphModule, options: Options, report: Report) -> None:
+def _fold_batch_norm(gm: fx.GraphModule, options: Options, report: Report, observer: Observer) -> None:
     """Run the one pass that has to come before autograd; on a failure leave the graph as it was, unless ``strict``."""
     if fold_batch_norm.NAME in options.disable:
         return
@@ -96,6 +100,7 @@ def _fold_batch_norm(gm: fx.GraphModule, options: Options, report: Report) -> No
         after = sum(node.op in ("call_function", "call_method") for node in gm.graph.nodes)
         seconds = time.perf_counter() - started
         report.passes.append(PassRecord(fold_batch_norm.NAME, Tier.REORDERS_FLOAT, seconds, ops, after, result))
+        observer.folded(report.passes[-1], gm.graph)
     gm.recompile()
 
 
@@ -145,10 +150,13 @@ def _compile_fx(
 class PruningPass(_torch.CustomGraphPass):
     """Runs the pipeline on the joint graph (model form) or on the step graph, before Inductor's own joint passes."""
 
-    def __init__(self, capture: Capture, options: Options, report: Report, user_pass: Any = None) -> None:
+    def __init__(
+        self, capture: Capture, options: Options, report: Report, observer: Observer, user_pass: Any = None
+    ) -> None:
         self.capture = capture
         self.options = options
         self.report = report
+        self.observer = observer
         self.user_passes = list(user_pass) if isinstance(user_pass, (list, tuple)) else [user_pass] * bool(user_pass)
 
     def __call__(self, graph: fx.Graph) -> None:
@@ -162,14 +170,18 @@ class PruningPass(_torch.CustomGraphPass):
         earlier = list(self.report.passes)
         try:
             self.report.measure(step_graph, "before")
+            self.observer.captured(step_graph)
             self.report.passes += run_passes(
                 step_graph,
                 select_passes(self.options.disable, self.options.exact_order),
                 verify=self.options.verify,
+                observe=functools.partial(self.observer.passed, step_graph=step_graph),
             )
             self.report.measure(step_graph, "after")
+            self.observer.pruned(step_graph)
         except Exception as error:
             reason = str(error) if isinstance(error, PassError) else f"a pass failed: {error!r}"
+            self.observer.gave_up(step_graph, reason)
             if self.options.strict:
                 raise error if isinstance(error, PassError) else PassError(reason) from error
             restore_graph(graph, backup)
@@ -274,6 +286,7 @@ def _compile_graph(
     capture: Capture,
     options: Options,
     report: Report,
+    observer: Observer,
     run_prologue: bool,
     gm: fx.GraphModule,
     inputs: Sequence[Any],
@@ -284,8 +297,10 @@ def _compile_graph(
     if kwargs.get("is_inference"):
         _torch.declare_absent_outputs(gm.graph)
         with _torch.inductor_config.patch({**_layout_settings(gm.graph), **options.inductor_settings}):
-            parts = _split(gm, capture, report) if run_prologue else None
-            if parts is None:
+            parts = _split(gm, capture, report) if run_prologue or observer.dumps else None
+            if parts is not None:
+                observer.split(parts)
+            if parts is None or not run_prologue:
                 return inner_compile(gm, inputs, **kwargs)  # type: ignore[no-any-return]
             kept = [inputs[index] for index in parts.step_inputs]
             static = set(kwargs.get("static_input_idxs") or ())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,6 +32,10 @@ class Options:
         strict: Raise when a pass fails. By default the graph is compiled as it was captured, with one warning, and
             the reason is in the report.
         verify: Check the graph after every pass. Costs compile time; meant for tests and bug reports.
+        dump: Folder to write every stage of the compilation to, a subfolder for each graph: programs, kernels, report,
+            ``repro.py``. By default what the environment variable ``GRADPRUNE_DUMP`` says. Changes nothing else; if it
+            cannot be written there is a warning.
+        dump_inputs: Write the values of inputs and weights as well, for ``repro.py --saved``.
         mode: One of Inductor's modes, such as ``"max-autotune"``.
         inductor: Settings of ``torch._inductor.config`` for this compilation, such as ``{"max_autotune": True}``.
     """
@@ -42,14 +47,19 @@ class Options:
     forward_only: bool = False
     strict: bool = False
     verify: bool = False
+    dump: str | os.PathLike[str] | None = None
+    dump_inputs: bool = False
     mode: str | None = None
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("exact_order", "fold_batch_norm", "always_refresh", "forward_only", "strict", "verify"):
-            value = getattr(self, name)
-            if not isinstance(value, bool):
+        for option in dataclasses.fields(self):
+            name, value = option.name, getattr(self, option.name)
+            if isinstance(option.default, bool) and not isinstance(value, bool):
                 raise OptionError(f"gradprune option {name!r} must be True or False, not {value!r}")
+        folder: object = self.dump
+        if folder is not None and not (isinstance(folder, (str, os.PathLike)) and os.fspath(folder)):
+            raise OptionError(f"gradprune option 'dump' must be the path of a folder, not {folder!r}")
         names: object = self.disable
         if isinstance(names, str) or not isinstance(names, Iterable):
             raise OptionError(f"gradprune option 'disable' must be a list of pass names, not {self.disable!r}")

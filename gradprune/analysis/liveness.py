@@ -53,19 +53,27 @@ def base(node: fx.Node) -> fx.Node:
     return node
 
 
-def saved_nodes(step_graph: StepGraph) -> list[fx.Node]:
-    """Buffers that the forward pass produces and the backward pass reads, other than values of weights alone."""
+def saved_readers(step_graph: StepGraph) -> dict[fx.Node, list[fx.Node]]:
+    """Buffers that the forward pass produces and the backward pass reads, and the nodes that read them there.
+
+    Values of weights alone are none.
+    """
     backward = backward_nodes(step_graph)
     weight_only = weight_only_nodes(step_graph)
-    saved: dict[fx.Node, None] = {}
+    saved: dict[fx.Node, list[fx.Node]] = {}
     for node in step_graph.calls():
         if node not in backward:
             continue
         for operand in node.all_input_nodes:
             owner = base(operand)
             if owner.op == "call_function" and owner not in backward and owner not in weight_only:
-                saved[owner] = None
-    return list(saved)
+                saved.setdefault(owner, []).append(node)
+    return saved
+
+
+def saved_nodes(step_graph: StepGraph) -> list[fx.Node]:
+    """Buffers that the forward pass produces and the backward pass reads, other than values of weights alone."""
+    return list(saved_readers(step_graph))
 
 
 def total_bytes(nodes: Iterable[fx.Node]) -> int:
@@ -73,13 +81,14 @@ def total_bytes(nodes: Iterable[fx.Node]) -> int:
     return sum(tensor_bytes(node.meta.get("val")) for node in nodes)
 
 
-def peak_bytes(step_graph: StepGraph) -> int:
-    """Largest number of bytes alive at once when the nodes run in graph order, each buffer freed after its last use."""
+def live_bytes(step_graph: StepGraph) -> list[int]:
+    """Bytes alive while each operator runs, in graph order, each buffer freed after its last use."""
     last_use: dict[fx.Node, fx.Node] = {}
     for node in step_graph.graph.nodes:
         for operand in node.all_input_nodes:
             last_use[base(operand)] = node
-    live = peak = 0
+    live = 0
+    curve: list[int] = []
     alive: dict[fx.Node, int] = {}
     weight_only = weight_only_nodes(step_graph)
     for node in step_graph.graph.nodes:
@@ -89,8 +98,14 @@ def peak_bytes(step_graph: StepGraph) -> int:
             if node.target is operator.getitem or size:
                 alive[node] = size
                 live += size
-                peak = max(peak, live)
+        if node.op == "call_function":
+            curve.append(live)
         for operand in {base(operand) for operand in node.all_input_nodes} | {node}:
             if last_use.get(operand, operand) is node and operand in alive:
                 live -= alive.pop(operand)
-    return peak
+    return curve
+
+
+def peak_bytes(step_graph: StepGraph) -> int:
+    """Largest number of bytes alive at once when the nodes run in graph order."""
+    return max(live_bytes(step_graph), default=0)

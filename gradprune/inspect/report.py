@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import difflib
+import os
+import textwrap
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import fx
 
 from ..analysis.cost import FLOP_CLASSES, count_flops
-from ..analysis.liveness import base, peak_bytes, saved_nodes, total_bytes
+from ..analysis.liveness import base, live_bytes, saved_nodes, total_bytes
+from ..analysis.prediction import predict
+from ..errors import GradpruneError
 from ..passes.base import Change
 from ..passes.pipeline import PassRecord, count_ops
 from ..step_graph import Form, StepGraph
+from .kernels import Kernel
+from .snapshot import Snapshot, Why
+
+SCHEMA_VERSION = 1
+"""Version of what ``Report.to_dict`` returns. Keys may be added without a new one."""
+
+WIDTH = 120
+KEPT_SHOWN = 5
+KINDS_SHOWN = 6
 
 
 @dataclass
@@ -31,8 +45,15 @@ class Report:
         flops: FLOPs by class (``forward``, ``input_grad``, ``weight_grad``, ``other``), before and after.
         saved_bytes: Bytes kept from forward to backward, before and after.
         peak_bytes: Largest number of bytes alive at once, before and after, without fusion.
+        memory: Bytes alive while each operator runs, in graph order, before and after, without fusion.
+        moved_bytes: Bytes that one call should read and write, before and after, see ``gradprune.analysis.prediction``.
         passes: The passes that ran.
+        kernels: What Inductor's generated code calls; empty if nothing was compiled.
         fallback: Why the graph was compiled as captured, ``None`` if it was not.
+        function: Name of the function or module that the graph was captured from, if it is known.
+        graphs: The nodes before and after, by name.
+        dump: Folder that all of this was written to, ``None`` if nothing was.
+        dump_error: Why something is missing there, ``None`` if nothing is.
     """
 
     form: Form
@@ -40,8 +61,18 @@ class Report:
     flops: dict[str, dict[str, int]] = field(default_factory=dict)
     saved_bytes: dict[str, int] = field(default_factory=dict)
     peak_bytes: dict[str, int] = field(default_factory=dict)
+    memory: dict[str, list[int]] = field(default_factory=dict)
+    moved_bytes: dict[str, int] = field(default_factory=dict)
     passes: list[PassRecord] = field(default_factory=list)
+    kernels: list[Kernel] = field(default_factory=list)
     fallback: str | None = None
+    function: str = ""
+    dump: str | None = None
+    dump_error: str | None = None
+    _time: dict[str, float] = field(default_factory=dict, repr=False)
+    graphs: dict[str, Snapshot] = field(default_factory=dict, repr=False)
+    _hoisted_bytes: dict[str, int] = field(default_factory=dict, repr=False)
+    _removed_by: dict[str, str] = field(default_factory=dict, repr=False)
 
     @property
     def removed(self) -> list[Change]:
@@ -68,12 +99,87 @@ class Report:
         """Whether the graph has a backward pass."""
         return self.form == "step" or self.flops.get("before", {}).get("input_grad", 0) > 0
 
+    @property
+    def hoisted_bytes(self) -> int:
+        """Bytes that the hoisted values take from one step to the next, not counting padding of packed weights."""
+        return sum(self._hoisted_bytes.values())
+
+    @property
+    def speedup(self) -> dict[str, float]:
+        """What should be gained, as ratios of before to after: of FLOPs, of bytes moved, and of the time modelled."""
+        pairs: dict[str, Mapping[str, float]] = {
+            "flops": {when: sum(classes.values()) for when, classes in self.flops.items()},
+            "bytes": self.moved_bytes,
+            "predicted": self._time,
+        }
+        return {name: pair["before"] / pair["after"] for name, pair in pairs.items() if pair.get("after")}
+
     def measure(self, step_graph: StepGraph, when: str) -> None:
         """Fill in the figures of ``step_graph`` as it is now, ``when`` being "before" or "after"."""
         self.ops[when] = count_ops(step_graph)
         self.flops[when] = count_flops(step_graph)
         self.saved_bytes[when] = total_bytes(saved_nodes(step_graph))
-        self.peak_bytes[when] = peak_bytes(step_graph)
+        self.memory[when] = live_bytes(step_graph)
+        self.peak_bytes[when] = max(self.memory[when], default=0)
+        prediction = predict(step_graph)
+        self.moved_bytes[when], self._time[when] = prediction.moved_bytes, prediction.time
+        self.graphs[when] = Snapshot.of(step_graph)
+        hoisted = {change.node for change in self.hoisted}
+        self._hoisted_bytes = {node.name: total_bytes([node]) for node in step_graph.calls() if node.name in hoisted}
+
+    def note_removed(self, names: Iterable[str], by: str) -> None:
+        """Remember which pass the nodes called ``names`` are gone with."""
+        for name in names:
+            self._removed_by.setdefault(name, by)
+
+    def why(self, node: str) -> Why:
+        """Why a node is computed: the chain of nodes from it to the output that needs it.
+
+        Args:
+            node: Name of a node, before or after the passes, as in ``removed``, in the dump and in logs.
+
+        Returns:
+            What prints as an explanation. Of a node that is gone it says which pass removed it and why.
+
+        Raises:
+            GradpruneError: There is no such node; the message has the nearest name.
+        """
+        after = self.graphs.get("after", self.graphs.get("before", Snapshot()))
+        before = self.graphs.get("before", Snapshot())
+        if node in after.nodes:
+            return self._why_kept(node, after)
+        if node not in before.nodes and node not in self._removed_by:
+            names = [*after.nodes, *before.nodes]
+            near = difflib.get_close_matches(node, names, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "report.to_dict() and the dump have the names"
+            raise GradpruneError(f"the graph has no node {node!r}: {hint}")
+        for record in self.passes:
+            result = record.result
+            for what, changes in (("removed", result.removed), ("replaced", result.narrowed)):
+                for change in changes:
+                    # What an earlier pass narrowed may be removed by a later one.
+                    if change.node == node and self._removed_by.get(node, record.name) == record.name:
+                        reason = f"{record.name} {what} it: {change.reason}"
+                        return Why(node, change.operator, change.source, False, (), None, reason)
+        seen = before.nodes.get(node)
+        reason = f"{self._removed_by.get(node, 'a pass')} removed it, with what needed it"
+        return Why(node, seen.operator if seen else "", seen.source if seen else "", False, (), None, reason)
+
+    def _why_kept(self, node: str, graph: Snapshot) -> Why:
+        seen = graph.nodes[node]
+        names, output = graph.path(node)
+        chain = tuple((name, graph.nodes[name].operator) for name in names)
+        if output is None:
+            reason = "no output depends on it" + (
+                ", but it writes to memory or draws random numbers" if seen.is_call else ""
+            )
+        else:
+            _, role, because = graph.outputs[output]
+            reason = role + (f" ({because})" if because else "")
+        hoisted = next((name for name in names if name in self._hoisted_bytes), None)
+        if hoisted is not None:
+            reason += f"; {'it is' if hoisted == node else f'{hoisted} is'} computed once per attack"
+        return Why(node, seen.operator, seen.source, True, chain, output, reason)
 
     def measure_saved(self, forward: fx.Graph) -> None:
         """Take the bytes saved for backward from a partitioned forward graph: what it returns beyond its outputs."""
@@ -87,16 +193,32 @@ class Report:
         self.saved_bytes["after"] = total_bytes(saved)
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain data that ``json.dump`` takes."""
+        """The report as plain data that ``json.dump`` takes, and that ``report.json`` of a dump holds.
+
+        Returns:
+            ``schema_version`` (this is 1), ``form``, ``function``; ``ops``, ``flops`` by class, ``saved_bytes``,
+            ``peak_bytes``, ``moved_bytes`` and ``memory`` (bytes alive while each operator runs), each with ``before``
+            and ``after``; ``speedup`` (ratios of ``flops`` and ``bytes``, and ``predicted``); the lists ``removed``,
+            ``narrowed``, ``hoisted`` and ``skipped`` of ``node``, ``operator``, ``source``, ``reason``, for hoisted
+            values ``bytes`` too; ``passes`` (``name``, ``tier``, ``seconds``, ``ops``); ``kernels`` (``name``,
+            ``count``, ``kind``, ``part``); ``fallback``, ``dump``, ``dump_error``, which may be ``None``.
+        """
         return {
+            "schema_version": SCHEMA_VERSION,
             "form": self.form,
+            "function": self.function,
             "ops": dict(self.ops),
             "flops": {when: dict(classes) for when, classes in self.flops.items()},
             "saved_bytes": dict(self.saved_bytes),
             "peak_bytes": dict(self.peak_bytes),
+            "moved_bytes": dict(self.moved_bytes),
+            "memory": {when: list(curve) for when, curve in self.memory.items()},
+            "speedup": self.speedup,
             "removed": [asdict(change) for change in self.removed],
             "narrowed": [asdict(change) for change in self.narrowed],
-            "hoisted": [asdict(change) for change in self.hoisted],
+            "hoisted": [
+                {**asdict(change), "bytes": self._hoisted_bytes.get(change.node, 0)} for change in self.hoisted
+            ],
             "skipped": [asdict(change) for change in self.skipped],
             "passes": [
                 {
@@ -107,38 +229,128 @@ class Report:
                 }
                 for record in self.passes
             ],
+            "kernels": [asdict(kernel) for kernel in self.kernels],
             "fallback": self.fallback,
+            "dump": self.dump,
+            "dump_error": self.dump_error,
         }
+
+    def summary(self) -> str:
+        """The report in a line."""
+        name = self.function or {"step": "a step", "model": "a model"}[self.form]
+        if "after" not in self.ops:
+            return f"{name}: compiled as captured: {self.fallback}" if self.fallback else f"{name}: nothing to prune"
+        total = {when: sum(classes.values()) for when, classes in self.flops.items()}
+        parts = [f"{self.ops['before']} -> {self.ops['after']} operators"]
+        for label, values in (("FLOP", total), ("B saved", self.saved_bytes)):
+            unit, prefix = _unit(max(values.values()))
+            parts.append(f"{values['before'] / unit:,.2f} -> {values['after'] / unit:,.2f} {prefix}{label}")
+        parts += [f"{len(self.hoisted)} values hoisted", f"{sum(kernel.count for kernel in self.kernels)} kernels"]
+        return f"{name} ({self.form}): " + ", ".join(parts)
 
     def __str__(self) -> str:
         title = {"step": "attack step, one graph", "model": "model, backward called from outside"}[self.form]
         lines = [f"gradprune: {title}"]
         if self.fallback is not None:
-            lines.append(f"  compiled as captured: {self.fallback}")
+            lines += _wrap(f"compiled as captured: {self.fallback}")
         if "after" in self.ops:
-            total = {when: sum(classes.values()) for when, classes in self.flops.items()}
-            lines.append(f"  {'':<24}{'before':>14}{'after':>14}")
-            lines.append(_row("operators", self.ops, 1, 0))
-            unit, prefix = _unit(max(total.values()))
-            for name in FLOP_CLASSES:
-                of_class = {when: classes[name] for when, classes in self.flops.items()}
-                if any(of_class.values()):
-                    lines.append(_row(f"{prefix}FLOP {name.replace('_', ' ')}", of_class, unit, 2))
-            ratio = f"{total['before'] / total['after']:.2f}x" if total["after"] else ""
-            lines.append(_row(f"{prefix}FLOP total", total, unit, 2, ratio))
-            for label, size in (("B saved for backward", self.saved_bytes), ("B peak, unfused", self.peak_bytes)):
-                unit, prefix = _unit(max(size.values()))
-                lines.append(_row(prefix + label, size, unit, 1))
-        for label, changes in (("removed", self.removed), ("narrowed", self.narrowed), ("hoisted", self.hoisted)):
+            lines += self._figures()
+        counts: Counter[str]
+        for label, changes in (("removed", self.removed), ("narrowed", self.narrowed)):
             if changes:
-                counts = Counter(change.operator for change in changes).most_common(6)
-                lines.append(f"  {label} {len(changes)}: " + ", ".join(f"{n} {name}" for name, n in counts))
-        for change in self.skipped:
-            where = f" ({change.source})" if change.source else ""
-            lines.append(f"  kept {change.operator} {change.node}{where}: {change.reason}")
+                counts = Counter(change.operator for change in changes)
+                lines += _wrap(f"{label} {counts.total()}: {_most_common(counts)}")
+        if self.hoisted:
+            unit, prefix = _unit(self.hoisted_bytes)
+            counts = Counter(change.operator for change in self.hoisted)
+            size = f"{self.hoisted_bytes / unit:,.1f} {prefix}B"
+            lines += _wrap(f"hoisted {counts.total()} ({size}): {_most_common(counts)}")
+        lines += _kept(self.skipped)
+        if self.kernels:
+            counts = Counter()
+            for kernel in self.kernels:
+                counts["generated" if kernel.kind == "generated" else kernel.name] += kernel.count
+            lines += _wrap(f"kernels {counts.total()}: {_most_common(counts)}")
         if self.passes:
-            lines.append("  passes: " + ", ".join(f"{r.name} {r.seconds * 1e3:.0f} ms" for r in self.passes))
+            took = (f"{record.name}\xa0{record.seconds * 1e3:.0f}\xa0ms" for record in self.passes)
+            lines += _wrap("passes: " + ", ".join(took), lines=4)
+        if self.dump is not None:
+            lines.append(f"  written to {self.dump}")
+        if self.dump_error is not None:
+            lines += _wrap(f"not written: {self.dump_error}")
         return "\n".join(lines)
+
+    def _figures(self) -> list[str]:
+        total = {when: sum(classes.values()) for when, classes in self.flops.items()}
+        lines = [f"  {'':<24}{'before':>14}{'after':>14}", _row("operators", self.ops, 1, 0)]
+        unit, prefix = _unit(max(total.values()))
+        for name in FLOP_CLASSES:
+            of_class = {when: classes[name] for when, classes in self.flops.items()}
+            if any(of_class.values()):
+                lines.append(_row(f"{prefix}FLOP {name.replace('_', ' ')}", of_class, unit, 2))
+        ratio = self.speedup
+        lines.append(_row(f"{prefix}FLOP total", total, unit, 2, _times(ratio.get("flops"))))
+        for label, size, note in (
+            ("B saved for backward", self.saved_bytes, None),
+            ("B peak, unfused", self.peak_bytes, None),
+            ("B moved, fused", self.moved_bytes, ratio.get("bytes")),
+        ):
+            unit, prefix = _unit(max(size.values()))
+            lines.append(_row(prefix + label, size, unit, 1, _times(note)))
+        if "predicted" in ratio:
+            lines.append(f"  predicted from both{'':<33}{_times(ratio['predicted'])}, kernels being equally good")
+        return lines
+
+
+def _kept(skipped: Sequence[Change]) -> list[str]:
+    """Lines on what was left although it computes more than is used; what has the same reason shares one."""
+    groups: dict[tuple[str, str], list[Change]] = {}
+    for change in skipped:
+        groups.setdefault((change.operator, change.reason), []).append(change)
+    lines = []
+    for (operator, reason), changes in list(groups.items())[:KEPT_SHOWN]:
+        first = changes[0]
+        where = f" ({_short(first.source)})" if first.source else ""
+        more = f" and {len(changes) - 1} more" if len(changes) > 1 else ""
+        lines += _wrap(f"kept {operator} {first.node}{where}{more}: {reason}")
+    if len(groups) > KEPT_SHOWN:
+        left = sum(len(changes) for changes in list(groups.values())[KEPT_SHOWN:])
+        lines.append(f"  kept {left} more: to_dict()['skipped'] has them all")
+    return lines
+
+
+def _short(source: str) -> str:
+    """``file:line`` relative to the current folder where that is shorter."""
+    try:
+        relative = os.path.relpath(source)
+    except (OSError, ValueError):  # another drive, or a folder that is gone
+        return source
+    return min(relative, source, key=len)
+
+
+def _most_common(counts: Counter[str]) -> str:
+    shown = counts.most_common(KINDS_SHOWN)
+    rest = counts.total() - sum(count for _, count in shown)
+    return ", ".join(f"{count}\xa0{name}" for name, count in shown) + (f", {rest}\xa0others" if rest else "")
+
+
+def _wrap(text: str, lines: int = 2) -> list[str]:
+    """An indented paragraph of at most so many lines, not broken at non-breaking spaces."""
+    wrapped = textwrap.wrap(
+        text,
+        WIDTH,
+        initial_indent="  ",
+        subsequent_indent="    ",
+        break_long_words=False,
+        break_on_hyphens=False,
+        max_lines=lines,
+        placeholder=" ...",
+    )
+    return [line.replace("\xa0", " ") for line in wrapped]
+
+
+def _times(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.2f}x"
 
 
 def _unit(largest: float) -> tuple[float, str]:

@@ -14,6 +14,7 @@ from torch._inductor.utils import fresh_cache
 import gradprune
 from gradprune import lower
 from gradprune.capture import Capture
+from gradprune.inspect.observe import Observer
 from gradprune.options import Options
 from gradprune.step_graph import InputRole, OutputRole
 
@@ -70,7 +71,8 @@ def test_other_options_are_not_found(monkeypatch: pytest.MonkeyPatch):
 
 def uuid_of(capture: Capture | None = None, user_pass: Any = None, **options: Any) -> bytes | None:
     capture = capture or Capture("step", [InputRole.WEIGHT, InputRole.PERTURBATION], {1: OutputRole.WEIGHT_GRAD})
-    return lower.PruningPass(capture, Options(**options), gradprune.Report("step"), user_pass).uuid()
+    parsed, report = Options(**options), gradprune.Report("step")
+    return lower.PruningPass(capture, parsed, report, Observer(report, parsed), user_pass).uuid()
 
 
 def test_equal_passes_have_one_uuid():

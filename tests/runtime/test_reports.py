@@ -3,6 +3,7 @@ from __future__ import annotations
 import gc
 import json
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -181,9 +182,9 @@ def test_text_names_what_was_kept():
     compiled = gradprune.compile(step)
     compiled(x_adv, y)
     (report,) = gradprune.reports(compiled)
-    (kept,) = (line for line in str(report).splitlines() if line.strip().startswith("kept"))
-    assert "the step returns this weight gradient" in kept
-    assert f"({__file__}:" in kept
+    text = " ".join(str(report).split())
+    assert "the step returns this weight gradient" in text.partition("kept")[2]
+    assert f"{Path(__file__).name}:" in text
 
 
 def test_reports_go_with_what_was_compiled():
