@@ -3,8 +3,9 @@
 trainer = AdversarialTrainer(model, optimizer, PGDTraining(attack=PGD(eps=8 / 255)))
 """
 
+from .fit import History
 from .objectives import AWP, MART, OBJECTIVES, TRADES, Fast, Free, NearPGD, Objective, PGDTraining, Plain
-from .trainer import AdversarialTrainer, Metrics, linear_eps
+from .trainer import AdversarialTrainer, LinearEps, Metrics
 
 __all__ = [
     "AWP",
@@ -14,10 +15,11 @@ __all__ = [
     "AdversarialTrainer",
     "Fast",
     "Free",
+    "History",
+    "LinearEps",
     "Metrics",
     "NearPGD",
     "Objective",
     "PGDTraining",
     "Plain",
-    "linear_eps",
 ]

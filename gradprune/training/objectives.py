@@ -150,7 +150,9 @@ class PGDTraining(Objective):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.clean < 1:
-            raise OptionError(f"clean has to be at least 0 and below 1, not {self.clean!r}: Plain() trains on no others")
+            raise OptionError(
+                f"clean has to be at least 0 and below 1, not {self.clean!r}: Plain() trains on no others"
+            )
 
     @property
     def uses_clean(self) -> bool:  # type: ignore[override]
@@ -335,7 +337,9 @@ class Free(PGDTraining):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.attack, FGSM) or self.attack.random_start or self.attack.targeted or self.clean:
-            raise OptionError("Free trains on FGSM(norm=..., eps=...) alone: no other attack, no target, no clean inputs")
+            raise OptionError(
+                "Free trains on FGSM(norm=..., eps=...) alone: no other attack, no target, no clean inputs"
+            )
         if self.replays < 1:
             raise OptionError(f"replays has to be at least 1, not {self.replays!r}")
 

@@ -5,9 +5,10 @@ Both read the same weights, which are inputs of the compiled code, so that an up
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, get_args
 
 import torch
@@ -20,16 +21,29 @@ from ..attacks import Attack, Runtime
 from ..errors import OptionError, TrainingError
 from ..options import unknown
 from ..runtime.guard import unchanged
-from .objectives import AWP, Free, Objective, Outcome
+from . import parallel
+from .fit import Fit, History, checked_batches
+from .objectives import Free, Objective, Outcome
 from .outer import BatchNorm, Outer, Statistics
+from .watch import Watcher
 
 EpsSchedule = Callable[[int], float]
 """From the number of updates so far to what ``eps`` and ``step_size`` are multiplied by, from 0 to 1."""
 
 
-def linear_eps(updates: int) -> EpsSchedule:
-    """Let eps grow from zero to its value during the first so many updates."""
-    return lambda done: min(1.0, (done + 1) / updates)
+@dataclass(frozen=True)
+class LinearEps:
+    """Lets eps grow from zero to its value during the first updates.
+
+    Attributes:
+        updates: How many.
+    """
+
+    updates: int
+
+    def __call__(self, done: int) -> float:
+        """The factor after so many updates."""
+        return min(1.0, (done + 1) / max(self.updates, 1))
 
 
 @dataclass
@@ -57,7 +71,7 @@ class AdversarialTrainer:
         optimizer: Updates them.
         objective: What is minimised, such as ``PGDTraining(attack=PGD(eps=8 / 255))``.
         scheduler: Of the learning rate; its ``step()`` is called after every update.
-        eps_schedule: See ``EpsSchedule``; such as ``linear_eps(1000)``.
+        eps_schedule: See ``EpsSchedule``; such as ``LinearEps(1000)``.
         batch_norm: What batch norm does during the attack. ``"eval"``: normalises by the running statistics.
             ``"train"``: by those of the attacked batch, and the running ones stay as they are. ``"separate"``: as
             ``"eval"``, by statistics that only adversarial examples of the outer step contribute to, while clean inputs
@@ -73,6 +87,7 @@ class AdversarialTrainer:
         iterations: Batches used so far.
         updates: Updates of the weights so far.
         state: What the objective keeps from batch to batch.
+        largest_batch: Rows of the largest batch so far, which is what the attack is compiled for.
 
     Raises:
         OptionError: Something that does not exist or does not go together was asked for.
@@ -132,6 +147,7 @@ class AdversarialTrainer:
         self.autocast = autocast
         self.iterations = 0
         self.updates = 0
+        self.largest_batch = 0
         self.state: dict[str, Tensor] = {}
         self.statistics = Statistics(model) if batch_norm == "separate" else None
         self.averages = [weight.detach().clone() for weight in model.parameters()] if ema is not None else []
@@ -158,6 +174,7 @@ class AdversarialTrainer:
         """
         if not self._pending:
             self.optimizer.zero_grad()
+        self.largest_batch = max(self.largest_batch, len(x))
         try:
             loss, logits = self.objective.iterate(self, x, y)
         except BaseException:
@@ -180,7 +197,7 @@ class AdversarialTrainer:
     def attack(self, attack: Attack, x: Tensor, y: Tensor) -> Tensor:
         """Adversarial examples of a batch, shaped like ``x``, at the radius scheduled for now."""
         with self.statistics.in_model() if self.statistics else nullcontext():
-            return self.scheduled(attack)(self.model, x, y, runtime=self._runtime)  # type: ignore[no-any-return]
+            return self.scheduled(attack)(self.model, x, y, runtime=self._sized(self._runtime))  # type: ignore[no-any-return]
 
     def backward(self, x: Tensor, x_adv: Tensor, y: Tensor) -> Outcome:
         """Run the outer step: add the gradients of the loss to those of the weights, and of ``x_adv`` if it wants.
@@ -272,6 +289,160 @@ class AdversarialTrainer:
             if self.averages:
                 stack.enter_context(_holding(list(self.model.parameters()), self.averages))
             yield self.model
+
+
+    def _sized(self, runtime: Runtime) -> Runtime:
+        """``runtime`` for pieces of the largest batch so far: what is computed must not depend on the order of batches."""
+        return replace(runtime, batch_size=self.largest_batch or None)
+
+    def evaluate(self, loader: Iterable[Any], attack: Attack | None = None) -> tuple[float, float | None]:
+        """Clean and robust accuracy, of the moving average of the weights if there is one.
+
+        The model is in evaluation mode, and is left as it was.
+
+        Args:
+            loader: Returns inputs and labels, as that of ``fit``; with several processes, each its share.
+            attack: ``None`` for clean accuracy alone.
+
+        Returns:
+            Shares from 0 to 1; the second is ``None`` without an attack.
+        """
+        runtime = replace(self._runtime, mode="eval")
+        counts = torch.zeros(3, dtype=torch.int64)
+        with self.averaged() as model:
+            for x, y in checked_batches(loader, self.device):
+                with self._sized(runtime).attack(model, x) as query:
+                    counts[0] += len(x)
+                    counts[1] += (query.logits(x).argmax(1) == y).sum().cpu()
+                    if attack is not None:
+                        x_adv = attack(model, x, y, runtime=self._sized(runtime))
+                        counts[2] += (query.logits(x_adv).argmax(1) == y).sum().cpu()
+        samples, clean, robust = parallel.sum_counts(counts).tolist()
+        if not samples:
+            raise TrainingError("the validation data has no batches")
+        return clean / samples, None if attack is None else robust / samples
+
+    def fit(
+        self,
+        loader: Iterable[Any],
+        epochs: int,
+        *,
+        validation: Iterable[Any] | None = None,
+        evaluation: Attack | None = None,
+        evaluate_every: int = 1,
+        patience: int | None = None,
+        folder: Path | str | None = None,
+        resume: bool = True,
+        checkpoint_seconds: float = 600,
+        seed: int = 0,
+        watchers: Sequence[Watcher] = (),
+    ) -> History:
+        """Train for some epochs, or for what is left of them, see Note [Exact resumption] in ``gradprune.training.fit``.
+
+        Args:
+            loader: Returns batches of inputs and labels for an epoch each time it is iterated over. What it draws at
+                random comes from torch's, Python's or numpy's global generator, or from that of the ``DataLoader``.
+            epochs: How many in total, those of an interrupted run included.
+            validation: Batches to measure accuracy on after epochs.
+            evaluation: Attack for robust accuracy; ``None`` for PGD of 20 steps at the radius that is trained at, or for
+                none with ``Plain``.
+            evaluate_every: Evaluate after so many epochs, and after the last.
+            patience: Stop when so many evaluations were no better than the best so far (Rice et al. 2020, "Overfitting in
+                Adversarially Robust Deep Learning").
+            folder: Where ``last.pt``, the checkpoint to go on from, and ``best.pt``, the weights of the best epoch, are
+                written. ``None`` keeps nothing. With several processes they have to share it.
+            resume: Go on from ``last.pt`` if it exists; ``False`` begins anew, and overwrites it.
+            checkpoint_seconds: Write a checkpoint after so many seconds, and after every epoch.
+            seed: Of everything random.
+            watchers: See ``gradprune.training.watch``.
+
+        Returns:
+            What happened, interrupted runs included.
+
+        Raises:
+            TrainingError: The loss is NaN or infinite, the loader fails, or a checkpoint cannot be written, is damaged,
+                or is of another training. The last checkpoint stays.
+            KeyboardInterrupt: On SIGINT, and on SIGTERM, behind a batch and with a checkpoint of it.
+        """
+        return Fit(
+            self,
+            loader,
+            epochs,
+            validation=validation,
+            evaluation=evaluation,
+            evaluate_every=evaluate_every,
+            patience=patience,
+            folder=None if folder is None else Path(folder),
+            resume=resume,
+            checkpoint_seconds=checkpoint_seconds,
+            seed=seed,
+            watchers=watchers,
+        ).run()
+
+    # --- State --------------------------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.weights[0].device
+
+    def settings(self) -> dict[str, Any]:
+        """Everything that determines what a step does, apart from weights and data."""
+        return {
+            "objective": self.objective,
+            "optimizer": (type(self.optimizer).__name__, self.optimizer.defaults),
+            "eps_schedule": self._eps_schedule,
+            "batch_norm": self.batch_norm,
+            "autocast": self.autocast,
+            "clip": self.clip,
+            "accumulate": self.accumulate,
+            "ema": self.ema,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the next step depends on, apart from random states; between updates only.
+
+        Raises:
+            TrainingError: Gradients of some batches wait for an update.
+        """
+        if not self.is_between_updates:
+            raise TrainingError(f"{self._pending} of {self.accumulate} batches are accumulated: save behind the update")
+        return {
+            "model": parallel.model_state(self),
+            "optimizer": parallel.optimizer_state(self),
+            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "averages": self.averages,
+            "statistics": {} if self.statistics is None else self.statistics.adversarial,
+            "state": parallel.gather(self.state),
+            "iterations": self.iterations,
+            "updates": self.updates,
+            "largest_batch": self.largest_batch,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put everything back where it was when ``state_dict`` was called.
+
+        Raises:
+            TrainingError: The state is of another model.
+        """
+        try:
+            parallel.load_states(self, state["model"], state["optimizer"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise TrainingError(f"the checkpoint is of another model: {str(error).splitlines()[0]}") from error
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
+        self.scaler.load_state_dict(state["scaler"])
+        statistics = {} if self.statistics is None else self.statistics.adversarial
+        with torch.no_grad():
+            for average, saved in zip(self.averages, state["averages"], strict=True):
+                average.copy_(saved)
+            for name, value in statistics.items():
+                value.copy_(state["statistics"][name])
+        own: dict[str, Tensor] = parallel.scatter(state["state"])
+        self.state = {name: value.to(self.device) for name, value in own.items()}
+        self.iterations, self.updates = state["iterations"], state["updates"]
+        self.largest_batch = state["largest_batch"]
 
 
 @contextmanager
