@@ -44,26 +44,37 @@ def count_flops(step_graph: StepGraph) -> dict[str, int]:
         its result goes.
     """
     totals = dict.fromkeys(FLOP_CLASSES, 0)
+    for classes in flops_by_node(step_graph).values():
+        for name, flops in classes.items():
+            totals[name] += flops
+    return totals
+
+
+def flops_by_node(step_graph: StepGraph) -> dict[fx.Node, dict[str, int]]:
+    """FLOPs of every node that has some, by class as in ``count_flops``."""
+    found: dict[fx.Node, dict[str, int]] = {}
     backward = backward_nodes(step_graph)
     weight_gradients = weight_gradient_nodes(step_graph)
     weight_only = weight_only_nodes(step_graph)
     for node in step_graph.calls():
+        classes = dict.fromkeys(FLOP_CLASSES, 0)
         if node.target is aten.convolution_backward.default:
             each = convolution_flops(node)
             mask: Any = node.args[-1]
-            totals["weight_grad" if node in weight_gradients else "input_grad"] += each * bool(mask[0])
-            totals["weight_grad"] += each * bool(mask[1])
-            continue
-        flops = node_flops(node)
-        if node in weight_only:
-            totals["other"] += flops
+            classes["weight_grad" if node in weight_gradients else "input_grad"] += each * bool(mask[0])
+            classes["weight_grad"] += each * bool(mask[1])
+        elif node in weight_only:
+            classes["other"] = node_flops(node)
         elif node in weight_gradients:
-            totals["weight_grad"] += flops
+            classes["weight_grad"] = node_flops(node)
         elif node in backward:
-            totals["input_grad"] += flops
+            classes["input_grad"] = node_flops(node)
         else:
-            totals["forward"] += flops
-    return totals
+            classes["forward"] = node_flops(node)
+        classes = {name: flops for name, flops in classes.items() if flops}
+        if classes:
+            found[node] = classes
+    return found
 
 
 def node_flops(node: fx.Node) -> int:

@@ -1,0 +1,87 @@
+"""The page that shows a graph before and after the passes: one file that needs no network."""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from .report import Report
+
+TITLES = {"step": "attack step, one graph", "model": "model, backward called from outside"}
+KINDS = ("removed", "narrowed", "hoisted", "skipped")
+
+
+def write_page(path: Path, report: Report, before: dict[str, Any], after: dict[str, Any]) -> None:
+    """Write the page of one compiled graph.
+
+    Args:
+        path: The file. It appears when it is complete, and replaces one that is there.
+        report: What was done to the graph.
+        before: ``graph_data`` of the graph before the passes.
+        after: ``graph_data`` of the graph after them, which is that before them if nothing was done.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        partial.write_text(page(report, before, after), encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def page(report: Report, before: dict[str, Any], after: dict[str, Any]) -> str:
+    """The text of the page, see ``write_page``."""
+    title = TITLES[report.form]
+    data = {
+        "title": title,
+        "report": {
+            figure: {when: figures.get(when, graph["totals"][figure]) for when, graph in graphs}
+            for graphs in [(("before", before), ("after", after))]
+            for figure, figures in (
+                ("ops", report.ops),
+                ("flops", report.flops),
+                ("saved_bytes", report.saved_bytes),
+                ("peak_bytes", report.peak_bytes),
+            )
+        },
+        "fallback": report.fallback,
+        "passes": [
+            {
+                "name": record.name,
+                "tier": record.tier.value,
+                "seconds": record.seconds,
+                "ops": [record.ops_before, record.ops_after],
+                "changes": [
+                    [kind, change.node, change.operator, change.reason]
+                    for kind in KINDS
+                    for change in getattr(record.result, kind)
+                ],
+            }
+            for record in report.passes
+        ],
+        "before": before,
+        "after": after,
+    }
+    parts = {
+        "title": html.escape(title),
+        "style": _asset("page.css"),
+        "script": _asset("page.js"),
+        "data": _in_script(data),
+    }
+    text, rest = "", _asset("page.html")
+    for name, part in parts.items():  # in the order of the template, so that nothing inserted is taken for a mark
+        head, _, rest = rest.partition(f"@{name}@")
+        text += head + part
+    return text + rest
+
+
+def _in_script(data: Any) -> str:
+    """JSON that neither ends the script element it stands in nor opens a comment there."""
+    return json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def _asset(name: str) -> str:
+    return (resources.files(__package__ or "") / name).read_text(encoding="utf-8")
