@@ -1,4 +1,4 @@
-"""Checkpoints: written as a whole or not at all, read without running code, and refused if they are of something else."""
+"""Checkpoints: written as a whole or not at all, read without running code, refused if they are of something else."""
 
 from __future__ import annotations
 
@@ -31,11 +31,10 @@ def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
         TrainingError: It cannot be written. What was there is still there.
     """
     try:
-        with replacing(path) as temporary:
-            with temporary.open("wb") as stream:
-                torch.save(dict(content), stream)
-                stream.flush()
-                os.fsync(stream.fileno())
+        with replacing(path) as temporary, temporary.open("wb") as stream:
+            torch.save(dict(content), stream)
+            stream.flush()
+            os.fsync(stream.fileno())
     except (OSError, RuntimeError) as error:  # torch says the latter where its writer met the former
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         kept = f"{path} is the one before" if path.exists() else "there is none from before"
@@ -54,8 +53,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise TrainingError(f"cannot read the checkpoint {path}: {error.strerror or error}") from error
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
         raise TrainingError(
-            f"{path} is damaged or no checkpoint: {str(error).splitlines()[0][:200]}: move it away to start anew, or put "
-            "a copy in its place"
+            f"{path} is damaged or no checkpoint: {str(error).splitlines()[0][:200]}: move it away to start anew, or "
+            "put a copy in its place"
         ) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise TrainingError(f"{path} was not written by this trainer: move it away, or train in another folder")

@@ -1,8 +1,8 @@
 """The loop over epochs: checkpoints, exact resumption, evaluation, early stopping.
 
 Note [Exact resumption]: a run that was interrupted anywhere and goes on from its last checkpoint takes the same
-trajectory as one that was not, bitwise on a CPU with the same number of threads and the same compiler cache (kernels are
-chosen by measurement, and the choice is remembered there). Every epoch begins by seeding all generators with a number
+trajectory as one that was not, bitwise on a CPU with the same number of threads and the same compiler cache (kernels
+are chosen by measurement, and the choice is remembered there). Every epoch begins by seeding all generators with a number
 made of the seed, the epoch and the rank, so that a loader that draws from them begins it in the same order again; the
 batches used already are drawn once more and dropped, and then the generators are put where they were. Checkpoints are
 written between updates only, when no gradients are accumulated.
@@ -55,8 +55,8 @@ class History:
 
     Attributes:
         epochs: The records of all epochs: ``epoch`` and ``iteration`` (how many are done), ``updates``, ``loss`` and
-            ``accuracy`` on the batches trained on, ``clean`` and ``robust`` accuracy on the validation data or ``None``,
-            ``lr``, ``eps``, ``seconds``, and whether it was the ``best`` so far.
+            ``accuracy`` on the batches trained on, ``clean`` and ``robust`` accuracy on the validation data or
+            ``None``, ``lr``, ``eps``, ``seconds``, and whether it was the ``best`` so far.
         best: The record of the best epoch: with the largest robust accuracy, or clean accuracy if no attack is run.
         stopped_early: Whether it ended because the best epoch was too long ago.
     """
@@ -114,7 +114,7 @@ class Fit:
         if patience is not None and validation is None:
             raise OptionError("patience needs validation data to look at: pass validation=")
         sampler = getattr(loader, "sampler", None)
-        if parallel.world_size() > 1 and not hasattr(sampler, "set_epoch"):
+        if parallel.processes() > 1 and not hasattr(sampler, "set_epoch"):
             raise OptionError(
                 "with several processes each has to see a share of the data: make the loader with "
                 "sampler=torch.utils.data.DistributedSampler(data)"
@@ -249,7 +249,7 @@ class Fit:
         except Exception as error:
             if isinstance(error, GradpruneError):
                 raise
-            if self.folder is not None and self.trainer.is_between_updates and parallel.world_size() == 1:
+            if self.folder is not None and self.trainer.is_between_updates and parallel.processes() == 1:
                 self._save()
             raise TrainingError(
                 f"{self._where()}: the loader raised {type(error).__name__}: {error}{self._last_checkpoint()}"
@@ -262,7 +262,7 @@ class Fit:
             generator = getattr(owner, "generator", None)
             if isinstance(generator, torch.Generator):
                 generator.manual_seed(_number(name.format("loader")))
-        sampler = getattr(self.loader, "sampler", None)
+        sampler: Any = getattr(self.loader, "sampler", None)
         if hasattr(sampler, "set_epoch"):
             sampler.set_epoch(self.progress.epoch)
 
@@ -298,7 +298,8 @@ class Fit:
         if self.folder is None:
             return
         is_due = time.monotonic() - self._saved >= self.checkpoint_seconds
-        stops, saves = parallel.any_rank(self._interrupted is not None, is_due)
+        flags = torch.tensor([self._interrupted is not None, is_due], dtype=torch.int64)
+        stops, saves = (bool(count) for count in parallel.sum_counts(flags))
         if (stops or saves) and self.trainer.is_between_updates:
             self._save()
             if stops:
@@ -364,7 +365,7 @@ class Fit:
             "scheduler": None if scheduler is None else (type(scheduler).__name__, _hyperparameters(scheduler)),
             "seed": self.seed,
             "batches": _length(self.loader),
-            "processes": parallel.world_size(),
+            "processes": parallel.processes(),
         }
         return {name: text_of(value) for name, value in values.items()}
 
@@ -405,7 +406,7 @@ def default_evaluation(trainer: AdversarialTrainer) -> Attack | None:
     eps = getattr(attack, "eps", None)
     if attack is None or eps is None:
         return None
-    norm = getattr(attack, "norm", "linf")
+    norm: Any = getattr(attack, "norm", "linf")
     return PGD(norm=norm, eps=eps, step_size=eps / 4, steps=20, bounds=attack.bounds, seed=0)
 
 

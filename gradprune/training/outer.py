@@ -1,4 +1,4 @@
-"""The outer step: loss and logits of a batch, as one module that is compiled, or wrapped by torch's data parallelism."""
+"""The outer step: loss and logits of a batch, as one module that is compiled, and wrapped where devices are many."""
 
 from __future__ import annotations
 

@@ -35,9 +35,14 @@ def processes() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def rank() -> int:
+    """The number of this process."""
+    return 0 if processes() == 1 else dist.get_rank()
+
+
 def is_first() -> bool:
     """Whether this process is the one that writes and reports."""
-    return processes() == 1 or dist.get_rank() == 0
+    return rank() == 0
 
 
 def barrier() -> None:

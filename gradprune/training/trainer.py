@@ -113,8 +113,8 @@ class AdversarialTrainer:
             raise OptionError(unknown("batch_norm", batch_norm, get_args(BatchNorm)))
         if batch_norm == "separate" and not (objective.uses_clean and objective.attack is not None):
             raise OptionError(
-                'batch_norm="separate" needs an objective that trains on clean inputs and adversarial examples: TRADES, '
-                "MART, or PGDTraining(clean=0.5)"
+                'batch_norm="separate" needs an objective that trains on clean inputs and adversarial examples: '
+                "TRADES, MART, or PGDTraining(clean=0.5)"
             )
         if clip is not None and not clip > 0:
             raise OptionError(f"clip has to be positive or None, not {clip!r}")
@@ -290,9 +290,8 @@ class AdversarialTrainer:
                 stack.enter_context(_holding(list(self.model.parameters()), self.averages))
             yield self.model
 
-
     def _sized(self, runtime: Runtime) -> Runtime:
-        """``runtime`` for pieces of the largest batch so far: what is computed must not depend on the order of batches."""
+        """``runtime`` for pieces of the largest batch so far: results must not depend on what else was attacked."""
         return replace(runtime, batch_size=self.largest_batch or None)
 
     def evaluate(self, loader: Iterable[Any], attack: Attack | None = None) -> tuple[float, float | None]:
@@ -337,18 +336,18 @@ class AdversarialTrainer:
         seed: int = 0,
         watchers: Sequence[Watcher] = (),
     ) -> History:
-        """Train for some epochs, or for what is left of them, see Note [Exact resumption] in ``gradprune.training.fit``.
+        """Train for some epochs, or for what is left of them, see Note [Exact resumption] in ``fit.py``.
 
         Args:
             loader: Returns batches of inputs and labels for an epoch each time it is iterated over. What it draws at
                 random comes from torch's, Python's or numpy's global generator, or from that of the ``DataLoader``.
             epochs: How many in total, those of an interrupted run included.
             validation: Batches to measure accuracy on after epochs.
-            evaluation: Attack for robust accuracy; ``None`` for PGD of 20 steps at the radius that is trained at, or for
-                none with ``Plain``.
+            evaluation: Attack for robust accuracy; ``None`` for PGD of 20 steps at the radius that is trained at, or
+                for none with ``Plain``.
             evaluate_every: Evaluate after so many epochs, and after the last.
-            patience: Stop when so many evaluations were no better than the best so far (Rice et al. 2020, "Overfitting in
-                Adversarially Robust Deep Learning").
+            patience: Stop when so many evaluations were no better than the best so far (Rice et al. 2020,
+                "Overfitting in Adversarially Robust Deep Learning").
             folder: Where ``last.pt``, the checkpoint to go on from, and ``best.pt``, the weights of the best epoch, are
                 written. ``None`` keeps nothing. With several processes they have to share it.
             resume: Go on from ``last.pt`` if it exists; ``False`` begins anew, and overwrites it.
@@ -412,7 +411,7 @@ class AdversarialTrainer:
             "optimizer": parallel.optimizer_state(self),
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "averages": self.averages,
+            "averages": parallel.averages_state(self),
             "statistics": {} if self.statistics is None else self.statistics.adversarial,
             "state": parallel.gather(self.state),
             "iterations": self.iterations,
@@ -427,7 +426,7 @@ class AdversarialTrainer:
             TrainingError: The state is of another model.
         """
         try:
-            parallel.load_states(self, state["model"], state["optimizer"])
+            parallel.load_states(self, state["model"], state["optimizer"], state["averages"])
         except (RuntimeError, ValueError, KeyError) as error:
             raise TrainingError(f"the checkpoint is of another model: {str(error).splitlines()[0]}") from error
         if self.scheduler is not None:
@@ -435,8 +434,6 @@ class AdversarialTrainer:
         self.scaler.load_state_dict(state["scaler"])
         statistics = {} if self.statistics is None else self.statistics.adversarial
         with torch.no_grad():
-            for average, saved in zip(self.averages, state["averages"], strict=True):
-                average.copy_(saved)
             for name, value in statistics.items():
                 value.copy_(state["statistics"][name])
         own: dict[str, Tensor] = parallel.scatter(state["state"])
@@ -446,13 +443,13 @@ class AdversarialTrainer:
 
 
 @contextmanager
-def _holding(weights: Sequence[Tensor], values: Sequence[Tensor]) -> Iterator[None]:
+def _holding(weights: list[nn.Parameter], values: list[Tensor]) -> Iterator[None]:
     """Within the block ``weights`` hold ``values``."""
     before = [weight.detach().clone() for weight in weights]
     try:
         with torch.no_grad():
-            torch._foreach_copy_(weights, values)
+            torch._foreach_copy_(weights, values)  # type: ignore[arg-type]
         yield
     finally:
         with torch.no_grad():
-            torch._foreach_copy_(weights, before)
+            torch._foreach_copy_(weights, before)  # type: ignore[arg-type]
