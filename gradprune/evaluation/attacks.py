@@ -98,7 +98,7 @@ class AttackOptions:
     step_size: StepSize = DEFAULT_STEP_SIZE
     targeted: str | None = None
     bounds: tuple[float, float] = (0.0, 1.0)
-    seed: int = 0
+    seed: int | None = 0
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 

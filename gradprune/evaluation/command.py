@@ -123,6 +123,7 @@ def _add_options(parser: argparse.ArgumentParser, *, several: bool) -> None:
     group.add_argument("--model", required=True, metavar="NAME", help="see below")
     group.add_argument("--checkpoint", type=Path, metavar="FILE", help="state dict to load into the model")
     group.add_argument("--pretrained", action="store_true", help="timm's own weights, may download (default: random)")
+    group.add_argument("--classes", type=parse_whole, metavar="N", help="of a timm model (default: its own)")
     group.add_argument("--mean", type=float, nargs="+", metavar="M", help="subtracted from each channel (default: 0)")
     group.add_argument("--std", type=float, nargs="+", metavar="S", help="what each is divided by then (default: 1)")
     group.add_argument("--data", required=True, metavar="NAME", help="see below")
@@ -217,14 +218,14 @@ def _prepared(arguments: argparse.Namespace) -> Iterator[Work]:
     """Check and load everything that was asked for: what can be known to fail fails here, before any work."""
     options = _attack_options(arguments)
     attacks = build_attacks(options)
-    _check_modules({"matplotlib", "tqdm", *_modules_of(arguments.model, arguments.data)})
+    check_modules({"matplotlib", "tqdm", *modules_of(arguments.model, arguments.data)})
     from ..demo.progress import stage  # imports tqdm, an optional dependency
 
     if not arguments.no_compile:
         check_compiler()
     prepare_directory(arguments.output)
     with started() as ranks:
-        device = _device(arguments.device, ranks.local)
+        device = choose_device(arguments.device, ranks.local)
         with stage("loading model and data") if ranks.is_first else nullcontext():
             model = load_model(_model_options(arguments), arguments.seed)
             samples = load_data(_data_options(arguments))
@@ -240,7 +241,7 @@ def _prepared(arguments: argparse.Namespace) -> Iterator[Work]:
         }
         runtime = Runtime(
             compile=not arguments.no_compile,
-            autocast=_autocast(arguments.autocast),
+            autocast=autocast_type(arguments.autocast),
             batch_size=determines["batch_size"],
             progress=ranks.is_first and sys.stderr.isatty(),
         )
@@ -274,6 +275,7 @@ def _model_options(arguments: argparse.Namespace) -> ModelOptions:
         mean=arguments.mean,
         std=arguments.std,
         pretrained=arguments.pretrained,
+        classes=arguments.classes,
     )
 
 
@@ -288,7 +290,7 @@ def _data_options(arguments: argparse.Namespace) -> DataOptions:
     )
 
 
-def _device(name: str | None, local: int) -> torch.device:
+def choose_device(name: str | None, local: int) -> torch.device:
     """The device asked for; of several processes on a machine with GPUs, each has one."""
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -308,7 +310,8 @@ def _device(name: str | None, local: int) -> torch.device:
     return device
 
 
-def _autocast(name: str | None) -> torch.dtype | None:
+def autocast_type(name: str | None) -> torch.dtype | None:
+    """The type that ``--autocast`` names."""
     return None if name is None else getattr(torch, AUTOCAST[name])
 
 
@@ -316,7 +319,7 @@ def _versions() -> dict[str, str]:
     return {"gradprune": str(environment()["gradprune"]), "torch": torch.__version__}
 
 
-def _modules_of(model: str, data: str) -> set[str]:
+def modules_of(model: str, data: str) -> set[str]:
     """Modules that a model and a data set need."""
     needed = set()
     if "digits" in (model, data):
@@ -330,7 +333,8 @@ def _modules_of(model: str, data: str) -> set[str]:
     return needed
 
 
-def _check_modules(modules: set[str]) -> None:
+def check_modules(modules: set[str]) -> None:
+    """Raise a ``GradpruneError`` that says how to install what is missing of some modules."""
     missing = sorted(module for module in modules if importlib.util.find_spec(module) is None)
     if missing:
         packages = " ".join(PACKAGES.get(module, module) for module in missing)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ class DataOptions:
         image_size: Side that images are resized and cropped to; ``None`` to leave them as they are.
         grey: Read the images of a folder as grey ones ``(1, H, W)`` instead of ``(3, H, W)``.
         limit: How many samples, spread evenly over the data set; ``None`` for all.
+        train: The part to train on instead of the part to test on, of data sets that have both.
     """
 
     name: str
@@ -45,6 +46,7 @@ class DataOptions:
     image_size: int | None = None
     grey: bool = False
     limit: int | None = None
+    train: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,23 +58,29 @@ class Data:
         fingerprint: A hash of what is in it.
         index: Which of its samples are used.
         read: The sample at a place.
+        labels: Smallest and largest label; ``None`` if that is not known before all have been read.
     """
 
     name: str
     fingerprint: str
     index: Sequence[int]
     read: Callable[[int], Sample]
+    labels: tuple[int, int] | None = None
 
     def __len__(self) -> int:
         return len(self.index)
 
     def batch(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
-        """The samples used from ``begin`` up to ``end``: inputs ``(N, ...)``, float32, and labels ``(N,)``, int64.
+        """The samples used from ``begin`` up to ``end``, see ``take``."""
+        return self.take(range(begin, min(end, len(self))))
+
+    def take(self, rows: Iterable[int]) -> tuple[Tensor, Tensor]:
+        """Some of the samples used: inputs ``(N, ...)``, float32, and labels ``(N,)``, int64.
 
         Raises:
             AttackError: They cannot be read, or are not all of one shape.
         """
-        samples = [self.read(place) for place in self.index[begin:end]]
+        samples = [self.read(self.index[row]) for row in rows]
         shapes = {image.shape for image, _ in samples}
         if len(shapes) > 1:
             first, second = sorted(shapes)[:2]
@@ -89,13 +97,13 @@ def load_data(options: DataOptions) -> Data:
     """
     path = Path(options.name)
     if options.name == DIGITS:
-        count, mark, read = _digits()
+        count, mark, read, labels = _digits(options)
     elif options.name.startswith(TORCHVISION):
-        count, mark, read = _torchvision(options)
+        count, mark, read, labels = _torchvision(options)
     elif path.suffix == ".npz":
-        count, mark, read = _arrays(path)
+        count, mark, read, labels = _arrays(path)
     elif path.is_dir():
-        count, mark, read = _folder(path, options)
+        count, mark, read, labels = _folder(path, options)
     else:
         raise OptionError(f"--data {options.name!r} does not exist: pass {FORMS}")
     if not count:
@@ -103,18 +111,19 @@ def load_data(options: DataOptions) -> Data:
     used = min(options.limit or count, count)
     index = [place * count // used for place in range(used)]
     digest = hashlib.sha256(f"{mark} {options.image_size} {used} of {count}".encode()).hexdigest()
-    return Data(options.name, digest, index, read)
+    return Data(options.name, digest, index, read, labels)
 
 
-Source = tuple[int, str, Callable[[int], Sample]]
-"""How many samples there are, a hash or description of them, and what reads one."""
+Source = tuple[int, str, Callable[[int], Sample], tuple[int, int] | None]
+"""How many samples there are, a hash or description of them, what reads one, and smallest and largest label."""
 
 
-def _digits() -> Source:
+def _digits(options: DataOptions) -> Source:
     from ..demo.digits import load_digits
 
     data = load_digits()
-    return _of_arrays(data.test_x.numpy(), data.test_y.numpy())
+    x, y = (data.train_x, data.train_y) if options.train else (data.test_x, data.test_y)
+    return _of_arrays(x.numpy(), y.numpy())
 
 
 def _arrays(path: Path) -> Source:
@@ -142,7 +151,8 @@ def _of_arrays(x: Array, y: Array) -> Source:
     digest = hashlib.sha256(f"{x.dtype} {x.shape} {y.dtype}".encode())
     digest.update(np.ascontiguousarray(x).data)
     digest.update(np.ascontiguousarray(y).data)
-    return len(x), digest.hexdigest(), lambda place: (x[place], int(y[place]))
+    labels = (int(y.min()), int(y.max())) if len(y) else None
+    return len(x), digest.hexdigest(), lambda place: (x[place], int(y[place])), labels
 
 
 def _folder(path: Path, options: DataOptions) -> Source:
@@ -168,11 +178,11 @@ def _folder(path: Path, options: DataOptions) -> Source:
         except OSError as error:
             raise AttackError(f"cannot read the image {file}: {error}") from error
 
-    return len(files), f"{mode} {listing}", read
+    return len(files), f"{mode} {listing}", read, (0, len(classes) - 1)
 
 
 def _torchvision(options: DataOptions) -> Source:
-    """The test part of one of torchvision's data sets."""
+    """The part asked for of one of torchvision's data sets."""
     let_torchvision_import()
     from torchvision import datasets
 
@@ -185,9 +195,10 @@ def _torchvision(options: DataOptions) -> Source:
     if "root" in parameters:
         arguments["root"] = str(options.root)
     if "train" in parameters:
-        arguments["train"] = False
+        arguments["train"] = options.train
     elif "split" in parameters:
-        arguments["split"] = "val" if name in ("ImageNet", "Places365", "Imagenette") else "test"
+        test = "val" if name in ("ImageNet", "Places365", "Imagenette") else "test"
+        arguments["split"] = {"Places365": "train-standard"}.get(name, "train") if options.train else test
     if "download" in parameters:
         arguments["download"] = options.download
     try:
@@ -203,10 +214,12 @@ def _torchvision(options: DataOptions) -> Source:
             raise AttackError(f"{options.name} is not for classification: its labels are {type(label).__name__}")
         return _as_array(image, options.image_size), label
 
-    mark = hashlib.sha256(f"{name} {options.root.resolve()}".encode())
+    part = " train" if options.train else ""
+    mark = hashlib.sha256(f"{name} {options.root.resolve()}{part}".encode())
     for place in {0, len(data) // 2, len(data) - 1} if len(data) else ():
         mark.update(read(place)[0].tobytes())
-    return len(data), mark.hexdigest(), read
+    classes = getattr(data, "classes", None)
+    return len(data), mark.hexdigest(), read, (0, len(classes) - 1) if classes else None
 
 
 def _as_array(image: Any, size: int | None) -> Array:

@@ -58,6 +58,8 @@ class ModelOptions:
         mean: To subtract from each channel; ``None`` for what a timm model wants, nothing for others.
         std: To divide each channel by.
         pretrained: Have timm load its weights, which may download them.
+        classes: How many classes a timm model is to have; ``None`` for its own number.
+        trained: Whether the small network for digits is to be trained on the spot, if it has no checkpoint.
     """
 
     name: str
@@ -65,6 +67,8 @@ class ModelOptions:
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = None
     pretrained: bool = False
+    classes: int | None = None
+    trained: bool = True
 
 
 def load_model(options: ModelOptions, seed: int) -> nn.Module:
@@ -83,27 +87,31 @@ def load_model(options: ModelOptions, seed: int) -> nn.Module:
         raise OptionError(f"--std has to be positive, not {' '.join(f'{value:g}' for value in options.std)}")
     if options.pretrained and not options.name.startswith(TIMM):
         raise OptionError(f"--pretrained is for timm:NAME, not {options.name!r}: pass --checkpoint FILE")
+    if options.classes is not None and not options.name.startswith(TIMM):
+        raise OptionError(f"--classes is for timm:NAME: {options.name!r} has the classes that it has")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if options.name == DIGITS:
-            model = _digits(trained=options.checkpoint is None)
+            model = _digits(trained=options.trained and options.checkpoint is None)
         elif options.name.startswith(TIMM):
-            model = _timm(options.name.removeprefix(TIMM), options.pretrained)
+            model = _timm(options.name.removeprefix(TIMM), options)
         else:
             model = _imported(options.name)
-    if options.checkpoint is not None:
-        load_checkpoint(model, options.checkpoint)
     mean, std = options.mean, options.std
     if mean is None and options.name.startswith(TIMM):
         config = getattr(model, "pretrained_cfg", None) or {}
         mean, std = config.get("mean"), config.get("std")
     if mean is not None and std is not None:
         model = Normalized(model, mean, std)
+    if options.checkpoint is not None:
+        load_checkpoint(model, options.checkpoint)
     return model.eval()
 
 
 def load_checkpoint(model: nn.Module, path: Path) -> None:
     """Load a state dict into ``model``; it may be nested under a usual name, or be that of a ``DataParallel``.
+
+    Into a normalised model goes its own, as training writes it, or that of the model inside.
 
     Raises:
         OptionError: The file cannot be read without running code of its own, or does not fit the model.
@@ -124,6 +132,8 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
             f"--checkpoint {path} holds no plain state dict: write one with torch.save(model.state_dict(), path)"
         )
     state = {name.removeprefix("module."): value for name, value in state.items()}
+    if isinstance(model, Normalized) and not {"mean", "std"} <= state.keys():
+        model = model.model
     own = model.state_dict()
     problems = {
         "it lacks": [name for name in own if name not in state],
@@ -166,7 +176,7 @@ def _digits(*, trained: bool) -> nn.Module:
         torch.set_num_threads(threads)
 
 
-def _timm(name: str, pretrained: bool) -> nn.Module:
+def _timm(name: str, options: ModelOptions) -> nn.Module:
     let_torchvision_import()
     import timm
 
@@ -174,30 +184,47 @@ def _timm(name: str, pretrained: bool) -> nn.Module:
         close = timm.list_models(f"*{name}*")[:NAMES_SHOWN]
         hint = f": there are {', '.join(close)}" if close else ": timm.list_models() has their names"
         raise OptionError(f"timm has no model {name!r}{hint}")
-    return timm.create_model(name, pretrained=pretrained)
+    classes: dict[str, Any] = {} if options.classes is None else {"num_classes": options.classes}
+    return timm.create_model(name, pretrained=options.pretrained, **classes)
 
 
-def _imported(name: str) -> nn.Module:
-    """What ``module:name`` is or, called without arguments, returns."""
+def import_named(name: str, option: str = "--model") -> Any:
+    """What ``module:name`` is, the module being one of the current folder or an installed one.
+
+    Args:
+        name: The name, dots after the colon leading to attributes.
+        option: What the name was given as, for messages.
+
+    Raises:
+        OptionError: There is no such thing, or importing it fails.
+    """
     module_name, colon, attribute = name.partition(":")
     if not (colon and module_name and attribute):
-        raise OptionError(f"--model {name!r} is not of the form {FORMS}")
+        raise OptionError(f"{option} {name!r} is not of the form {FORMS}")
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
         found: Any = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise OptionError(f"--model {name}: importing {module_name} failed: {error}") from error
+            raise OptionError(f"{option} {name}: importing {module_name} failed: {error}") from error
         raise OptionError(
-            f"--model {name}: there is no module {error.name!r} in {Path.cwd()} or installed: run it where it is"
+            f"{option} {name}: there is no module {error.name!r} in {Path.cwd()} or installed: run it where it is"
         ) from error
     except Exception as error:  # whatever the user's module raises
-        raise OptionError(f"--model {name}: importing {module_name} failed: {type(error).__name__}: {error}") from error
+        raise OptionError(
+            f"{option} {name}: importing {module_name} failed: {type(error).__name__}: {error}"
+        ) from error
     for part in attribute.split("."):
         if not hasattr(found, part):
-            raise OptionError(f"--model {name}: {module_name} has no {attribute!r}")
+            raise OptionError(f"{option} {name}: {module_name} has no {attribute!r}")
         found = getattr(found, part)
+    return found
+
+
+def _imported(name: str) -> nn.Module:
+    """What ``module:name`` is or, called without arguments, returns."""
+    found, attribute = import_named(name), name.partition(":")[2]
     if not isinstance(found, nn.Module) and callable(found):
         try:
             found = found()
