@@ -59,7 +59,7 @@ def save_accuracy(path: Path, records: Sequence[Record]) -> bool:
     if not panels:
         return False
     longest = max(len(label) for lines in panels.values() for label in lines)
-    figure = _figure(6.5 * len(panels) + (2.0 if longest > 40 else 0.0), 4.4)
+    figure = figure_of(6.5 * len(panels) + (2.0 if longest > 40 else 0.0), 4.4)
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, (norm, lines) in zip(axes, panels.items(), strict=True):
         # Lines may coincide; markers of several shapes and sizes show that there are more of them.
@@ -80,22 +80,22 @@ def save_accuracy(path: Path, records: Sequence[Record]) -> bool:
         axis.legend(fontsize=8, frameon=False)
     if len(titles) == 1:
         figure.suptitle(next(iter(titles)).rpartition(" (")[0], fontsize=11)
-    _save(figure, path)
+    save_figure(figure, path)
     return True
 
 
 def save_examples(path: Path, examples: Sequence[Example]) -> None:
     """Draw one row of four panels for each example [HW]."""
-    figure = _figure(11, 0.35 + 2.75 * len(examples))
+    figure = figure_of(11, 0.35 + 2.75 * len(examples))
     grid = figure.subplots(len(examples), len(COLUMNS), squeeze=False)
     for column, title in enumerate(COLUMNS):
         grid[0, column].set_title(title, fontsize=11)
     for row, example in zip(grid, examples, strict=True):
         _draw(figure, row, example)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-def can_draw(x: np.ndarray[Any, Any]) -> bool:
+def can_draw(x: Any) -> bool:
     """Whether inputs ``(N, ...)`` are images, grey or in colour."""
     return x.ndim == 4 and x.shape[1] in (1, 3)
 
@@ -175,7 +175,8 @@ def _crowded(ticks: Sequence[float]) -> bool:
     return any(after - before < 0.09 * span for before, after in itertools.pairwise(ticks))
 
 
-def _figure(width: float, height: float) -> Any:
+def figure_of(width: float, height: float) -> Any:
+    """A figure of that many inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -185,6 +186,7 @@ def _figure(width: float, height: float) -> Any:
     return figure
 
 
-def _save(figure: Any, path: Path) -> None:
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure as PNG."""
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png")

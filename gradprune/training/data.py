@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, RandomSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, RandomSampler, Sampler
 
 from ..errors import OptionError
 from ..evaluation.data import Data, DataOptions, load_data
@@ -135,7 +135,7 @@ def training_loader(samples: Samples, batch_size: int, ranks: Ranks, *, workers:
     )
     return DataLoader(
         samples,
-        min(batch_size, len(sampler)),
+        min(batch_size, len(samples) // ranks.size),
         sampler=sampler,
         num_workers=workers,
         collate_fn=_as_it_is,
