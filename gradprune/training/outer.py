@@ -33,7 +33,7 @@ class Outer(nn.Module):
         self.model = model
         self._objective = objective
         self._autocast = autocast
-        self._adversarial = None if statistics is None else statistics.adversarial
+        self.statistics = None if statistics is None else statistics.adversarial
 
     def forward(self, x: Tensor, x_adv: Tensor, y: Tensor) -> Outcome:
         """See ``Objective.loss``."""
@@ -42,9 +42,9 @@ class Outer(nn.Module):
             return self._full(self.model, x)
 
         def adversarial(x: Tensor) -> Tensor:
-            if self._adversarial is None:
+            if self.statistics is None:
                 return self._full(self.model, x)
-            return self._full(lambda x: functional_call(self.model, self._adversarial, (x,)), x)
+            return self._full(lambda x: functional_call(self.model, self.statistics, (x,)), x)
 
         loss, logits = self._objective.loss(clean, adversarial, x, x_adv, y)
         return loss, logits.detach()

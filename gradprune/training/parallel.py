@@ -13,21 +13,55 @@ Everything here may be called without other processes, and then communicates not
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+import inspect
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard, TypeVar
 
+import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+
+from ..errors import OptionError
+from .outer import Outer
 
 if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
+
     from .trainer import AdversarialTrainer
 
 T = TypeVar("T")
 
 Parallel = Literal["auto", "none"]
+"""``"auto"``: FSDP2 for a model that it has sharded, else DDP where several processes train; ``"none"``: neither."""
 
 
 # --- Processes --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def joined(device: str) -> Iterator[torch.device]:
+    """Join the processes that ``torchrun`` started, if it did.
+
+    Args:
+        device: ``"cuda"``: each process gets one of its own. ``"cpu"``.
+
+    Yields:
+        The device of this process.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        yield torch.device(device)
+        return
+    own = torch.device(device, int(os.environ["LOCAL_RANK"])) if device == "cuda" else torch.device(device)
+    if own.type == "cuda":
+        torch.cuda.set_device(own)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo")
+    try:
+        yield own
+    finally:
+        dist.destroy_process_group()
 
 
 def processes() -> int:
@@ -81,32 +115,189 @@ def share(value: T) -> T:
 
 def sum_counts(counts: Tensor) -> Tensor:
     """The sum over all processes."""
-    total = counts.clone()
-    if processes() > 1:
-        dist.all_reduce(total)
-    return total
+    if processes() == 1:
+        return counts
+    total = counts.cuda() if dist.get_backend() == "nccl" else counts.clone()  # which knows no CPU
+    dist.all_reduce(total)
+    return total.to(counts.device)
+
+
+# --- Engines ----------------------------------------------------------------------------------------------------------
+
+
+class OneProcess:
+    """Runs the outer step in this process alone; the others do as it does, and communicate.
+
+    Attributes:
+        model: The model that is trained.
+        run: Loss and logits of a batch, as ``Outer`` has them.
+    """
+
+    def __init__(self, model: nn.Module, outer: Outer, *, compile: bool) -> None:
+        self.model = model
+        # One graph for each size of batch: a graph for all sizes is slower.
+        self.run: Any = torch.compile(outer, dynamic=False) if compile else outer
+
+    def collecting(self) -> AbstractContextManager[None]:
+        """Around an outer step whose gradients wait for those of more batches."""
+        return nullcontext()
+
+    def mean(self, loss: Tensor) -> Tensor:
+        """The mean over all processes."""
+        return loss
+
+    def share_buffers(self) -> None:
+        """Give all processes the buffers of the first one."""
+
+    def whole(self) -> nn.Module:
+        """The model with its weights as they are now, to run as often as one likes without communication."""
+        return self.model
+
+
+class Replicated(OneProcess):
+    """DDP: every process has all weights; gradients are averaged during the backward pass, piece by piece."""
+
+    def __init__(self, model: nn.Module, outer: Outer, *, compile: bool) -> None:
+        super().__init__(model, outer, compile=compile)
+        self._statistics = outer.statistics
+        # The other order does the same, and warns. Either way torch compiles in pieces, so that the gradients of one
+        # are averaged while the next one runs.
+        self.run = nn.parallel.DistributedDataParallel(self.run, **_LEAVE_BUFFERS)
+        self.share_buffers()
+
+    def collecting(self) -> AbstractContextManager[None]:
+        """See ``OneProcess``: gradients are averaged with those of the last batch."""
+        return self.run.no_sync()  # type: ignore[no-any-return]
+
+    def mean(self, loss: Tensor) -> Tensor:
+        """See ``OneProcess``."""
+        return sum_counts(loss) / processes()
+
+    def share_buffers(self) -> None:
+        """See ``OneProcess``, and Note [Where training communicates]."""
+        _share(self.model, self._statistics)
+
+
+class Sharded(OneProcess):
+    """FSDP2: every process has a part of the weights; the attack runs on a replica that has all of them.
+
+    Gradients are averaged and scattered after every batch, however many are accumulated: they would have to be kept
+    whole in between, which takes the memory that sharding saves.
+    """
+
+    def __init__(self, model: nn.Module, outer: Outer, replica: nn.Module, *, compile: bool) -> None:
+        super().__init__(model, outer, compile=compile)
+        self._statistics = outer.statistics
+        self._replica = replica
+        self.share_buffers()
+
+    def mean(self, loss: Tensor) -> Tensor:
+        """See ``OneProcess``."""
+        return sum_counts(loss) / processes()
+
+    def share_buffers(self) -> None:
+        """See ``OneProcess``."""
+        _share(self.model, self._statistics)
+
+    @torch.no_grad()
+    def whole(self) -> nn.Module:
+        """See ``OneProcess``: the replica, into which the weights are gathered, unit by unit."""
+        for module, copy in zip(self.model.modules(), self._replica.modules(), strict=True):
+            copy.training = module.training
+            if module is self.model or _is_unit(module):
+                self._gather_unit(module, copy)
+        for buffer, whole in zip(self.model.buffers(), self._replica.buffers(), strict=True):
+            whole.copy_(buffer)
+        return self._replica
+
+    def _gather_unit(self, module: Any, copy: nn.Module) -> None:
+        if _is_unit(module):
+            module.unshard()
+        for part, whole in _within_unit(module, copy):
+            for weight, target in zip(part.parameters(recurse=False), whole.parameters(recurse=False), strict=True):
+                target.copy_(weight)
+        if _is_unit(module):
+            module.reshard()
+
+
+def engine(
+    model: nn.Module, outer: Outer, *, compile: bool, parallel: Parallel, replica: nn.Module | None
+) -> OneProcess:
+    """What runs the outer step: by the number of processes, and by whether weights are sharded.
+
+    Raises:
+        OptionError: The model cannot be trained so.
+    """
+    if parallel == "none" or not (dist.is_available() and dist.is_initialized()):
+        return OneProcess(model, outer, compile=compile)
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise OptionError("pass the model itself, not wrapped by DDP: the trainer wraps what it runs, loss included")
+    if any(_is_unit(module) for module in model.modules()):
+        if replica is None:
+            raise OptionError(
+                "attacks on a model that FSDP has sharded run on a replica, which has to be made before: "
+                "replica = copy.deepcopy(model); fully_shard(model); AdversarialTrainer(model, ..., replica=replica)"
+            )
+        return Sharded(model, outer, replica, compile=compile)
+    return OneProcess(model, outer, compile=compile) if processes() == 1 else Replicated(model, outer, compile=compile)
+
+
+_ddp_options = inspect.signature(nn.parallel.DistributedDataParallel).parameters
+# Up to torch 2.12 by its old name, which is deprecated since.
+_LEAVE_BUFFERS: dict[str, Any] = {
+    "forward_sync_buffers" if "forward_sync_buffers" in _ddp_options else "broadcast_buffers": False
+}
+
+
+def _share(model: nn.Module, statistics: dict[str, Tensor] | None) -> None:
+    """Give all processes the buffers of the first one, as one piece of bytes."""
+    buffers = [buffer for buffer in (*model.buffers(), *(statistics or {}).values()) if buffer.numel()]
+    if not buffers or processes() == 1:
+        return
+    with torch.no_grad():
+        packed = torch.cat([buffer.reshape(-1).view(torch.uint8) for buffer in buffers])
+        dist.broadcast(packed, src=0)
+        if not is_first():
+            parts = packed.split([buffer.nbytes for buffer in buffers])
+            for buffer, part in zip(buffers, parts, strict=True):
+                buffer.copy_(part.clone().view(buffer.dtype).view(buffer.shape))  # cloned to be aligned
+
+
+def _is_unit(module: Any) -> TypeGuard[FSDPModule]:
+    """Whether FSDP2 gathers the weights of a module together."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(module, FSDPModule)
+
+
+def _within_unit(module: nn.Module, copy: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """A module and its copy, and all within them that is in no other unit."""
+    yield module, copy
+    for child, child_copy in zip(module.children(), copy.children(), strict=True):
+        if not _is_unit(child):
+            yield from _within_unit(child, child_copy)
 
 
 # --- Checkpoints ------------------------------------------------------------------------------------------------------
 
 
 def model_state(trainer: AdversarialTrainer) -> dict[str, Any]:
-    """``state_dict()`` of the model, whole and on the CPU: on the first process; all have to call, the others get ``{}``.
+    """``state_dict()`` of the model, whole and on the CPU, on the first process; the others call, too, and get ``{}``.
 
     It is the same whatever engine made it, and can be loaded with any other and any number of processes.
     """
-    return _whole(trainer.model.state_dict())
+    return _whole(trainer.model.state_dict())  # type: ignore[no-any-return]
 
 
 def optimizer_state(trainer: AdversarialTrainer) -> dict[str, Any]:
     """``state_dict()`` of the optimizer, as ``model_state`` returns that of the model."""
-    return _whole(trainer.optimizer.state_dict())
+    return _whole(trainer.optimizer.state_dict())  # type: ignore[no-any-return]
 
 
 def averages_state(trainer: AdversarialTrainer) -> dict[str, Any]:
     """The moving average of the weights by their names, as ``model_state`` returns the weights; empty without one."""
     names = [name for name, _ in trainer.model.named_parameters()]
-    return _whole(dict(zip(names, trainer.averages, strict=False)))
+    return _whole(dict(zip(names, trainer.averages, strict=False)))  # type: ignore[no-any-return]
 
 
 def load_states(
@@ -116,11 +307,21 @@ def load_states(
     averages_state: dict[str, Any] | None = None,
 ) -> None:
     """Load what the functions above returned on the first process; every process has to pass all of it."""
-    trainer.model.load_state_dict(model_state)
-    trainer.optimizer.load_state_dict(optimizer_state)
-    if averages_state:
-        for (name, _), average in zip(trainer.model.named_parameters(), trainer.averages, strict=True):
-            average.copy_(averages_state[name])
+    trainer.model.load_state_dict(_placed(model_state, trainer.model.state_dict()))
+    weights = [weight for group in trainer.optimizer.param_groups for weight in group["params"]]
+    like = {"state": {i: dict.fromkeys(optimizer_state["state"].get(i, ()), w) for i, w in enumerate(weights)}}
+    trainer.optimizer.load_state_dict(_placed(optimizer_state, like))
+    for (name, _), average in zip(trainer.model.named_parameters(), trainer.averages, strict=False):
+        average.detach().copy_(_placed((averages_state or {})[name], average))
+
+
+def _is_sharded(value: Any) -> TypeGuard[DTensor]:
+    """Whether a tensor is distributed over processes."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(value, DTensor)
 
 
 def _whole(value: Any) -> Any:
@@ -130,4 +331,18 @@ def _whole(value: Any) -> Any:
         return parts if is_first() else {}
     if isinstance(value, list):
         return [_whole(part) for part in value]
+    if _is_sharded(value):
+        value = value.full_tensor()
     return value.detach().cpu() if isinstance(value, Tensor) else value
+
+
+def _placed(value: Any, like: Any) -> Any:
+    """A nested dictionary with its tensors sharded where those in ``like`` are, and have their shape."""
+    if isinstance(value, dict) and isinstance(like, dict):
+        return {key: _placed(part, like.get(key)) for key, part in value.items()}
+    if not (isinstance(value, Tensor) and _is_sharded(like) and value.shape == like.shape):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    # Every process has all of it, and takes its part without communication.
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)

@@ -25,6 +25,7 @@ from . import parallel
 from .fit import Fit, History, checked_batches
 from .objectives import Free, Objective, Outcome
 from .outer import BatchNorm, Outer, Statistics
+from .parallel import Parallel, engine
 from .watch import Watcher
 
 EpsSchedule = Callable[[int], float]
@@ -51,10 +52,10 @@ class Metrics:
     """What one iteration did.
 
     Attributes:
-        loss: Outer loss, a scalar on the model's device; of Free the last replay's.
+        loss: Outer loss, a scalar on the model's device; of Free the last replay's. The mean over all processes.
         correct: How many samples the model classified rightly in the outer step, int64, a scalar there: adversarial
             examples, or the inputs themselves with ``Plain``.
-        samples: Of how many.
+        samples: Of how many; these and ``correct`` are of this process.
     """
 
     loss: Tensor
@@ -82,6 +83,9 @@ class AdversarialTrainer:
         ema: Decay of an exponential moving average of the weights, see ``averaged``; ``None`` for none.
         compile: Compile both steps; ``False`` runs them eagerly, the attack with frozen weights.
         options: For the compilation of the attack, see ``gradprune.options.Options``.
+        parallel: ``"auto"`` trains with all processes of ``torch.distributed``, if it is initialised, see
+            ``gradprune.training.parallel``; the batches of a process are its share. ``"none"`` leaves that to you.
+        replica: Only for a model that is sharded by ``fully_shard``: a copy of it, made before. Attacks run on it.
 
     Attributes:
         iterations: Batches used so far.
@@ -108,9 +112,18 @@ class AdversarialTrainer:
         ema: float | None = None,
         compile: bool = True,
         options: dict[str, Any] | None = None,
+        parallel: Parallel = "auto",
+        replica: nn.Module | None = None,
     ) -> None:
         if batch_norm not in get_args(BatchNorm):
             raise OptionError(unknown("batch_norm", batch_norm, get_args(BatchNorm)))
+        if parallel not in get_args(Parallel):
+            raise OptionError(unknown("parallel", parallel, get_args(Parallel)))
+        if batch_norm == "train" and any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
+            raise OptionError(
+                'SyncBatchNorm would communicate at every step of an attack with batch_norm="train": use "eval", or '
+                "BatchNorm"
+            )
         if batch_norm == "separate" and not (objective.uses_clean and objective.attack is not None):
             raise OptionError(
                 'batch_norm="separate" needs an objective that trains on clean inputs and adversarial examples: '
@@ -150,14 +163,14 @@ class AdversarialTrainer:
         self.largest_batch = 0
         self.state: dict[str, Tensor] = {}
         self.statistics = Statistics(model) if batch_norm == "separate" else None
-        self.averages = [weight.detach().clone() for weight in model.parameters()] if ema is not None else []
         self._eps_schedule = eps_schedule
         device = self.weights[0].device.type
         self.scaler = torch.amp.GradScaler(device, enabled=autocast is torch.float16)
         self._pending = 0
-        self._outer = Outer(model, objective, autocast, self.statistics)
-        # One graph for each size of batch: a graph for all sizes is slower.
-        self._loss: Any = torch.compile(self._outer, dynamic=False) if compile else self._outer
+        outer = Outer(model, objective, autocast, self.statistics)
+        self._devices = engine(model, outer, compile=compile, parallel=parallel, replica=replica)
+        # Only now do all processes have the same weights.
+        self.averages = [weight.detach().clone() for weight in model.parameters()] if ema is not None else []
 
     # --- One batch ----------------------------------------------------------------------------------------------------
 
@@ -197,7 +210,7 @@ class AdversarialTrainer:
     def attack(self, attack: Attack, x: Tensor, y: Tensor) -> Tensor:
         """Adversarial examples of a batch, shaped like ``x``, at the radius scheduled for now."""
         with self.statistics.in_model() if self.statistics else nullcontext():
-            return self.scheduled(attack)(self.model, x, y, runtime=self._sized(self._runtime))  # type: ignore[no-any-return]
+            return self.scheduled(attack)(self._devices.whole(), x, y, runtime=self._sized(self._runtime))  # type: ignore[no-any-return]
 
     def backward(self, x: Tensor, x_adv: Tensor, y: Tensor) -> Outcome:
         """Run the outer step: add the gradients of the loss to those of the weights, and of ``x_adv`` if it wants.
@@ -205,9 +218,14 @@ class AdversarialTrainer:
         Raises:
             TrainingError: The loss is NaN or infinite.
         """
-        loss, logits = self._loss(x, x_adv, y)
+        waits = self._pending + 1 < self.accumulate
+        with self._devices.collecting() if waits else nullcontext():
+            return self._backward(x, x_adv, y)
+
+    def _backward(self, x: Tensor, x_adv: Tensor, y: Tensor) -> Outcome:
+        loss, logits = self._devices.run(x, x_adv, y)
         self.scaler.scale(loss / self.accumulate).backward()
-        loss = loss.detach()
+        loss = self._devices.mean(loss.detach())
         if not bool(loss.isfinite()):
             raise TrainingError(
                 f"the loss is {float(loss)} after {self.updates} updates: lower the learning rate, set clip, or use "
@@ -224,7 +242,7 @@ class AdversarialTrainer:
         copies = [value.clone() for value in statistics]
         try:
             with unchanged(self.model, "keep"):
-                self.backward(x, x_adv, y)
+                self._backward(x, x_adv, y)
             return [weight.grad for weight in self.layers()]
         finally:
             for value, copy in zip(statistics, copies, strict=True):
@@ -269,6 +287,7 @@ class AdversarialTrainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
+        self._devices.share_buffers()
         self.updates += 1
         if self.scheduler is not None and self.scaler.get_scale() >= scale:  # else it has skipped the update
             self.scheduler.step()
@@ -284,11 +303,11 @@ class AdversarialTrainer:
 
     @contextmanager
     def averaged(self) -> Iterator[nn.Module]:
-        """Within the block the model has the moving average of its weights, if there is one; yields it."""
+        """Within the block the model has the moving average of its weights, if there is one; yields what to run."""
         with ExitStack() as stack:
             if self.averages:
                 stack.enter_context(_holding(list(self.model.parameters()), self.averages))
-            yield self.model
+            yield self._devices.whole()
 
     def _sized(self, runtime: Runtime) -> Runtime:
         """``runtime`` for pieces of the largest batch so far: results must not depend on what else was attacked."""
