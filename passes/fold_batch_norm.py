@@ -38,6 +38,9 @@ _LAYERS: dict[Any, tuple[str, ...]] = {
 }
 """Layers that a norm can be folded into, and the names of their arguments."""
 
+_ORIGIN = ("nn_module_stack", "source_fn_stack", "stack_trace")
+"""Metadata that says which module a node was called in: a folded convolution is still that of its own module."""
+
 
 def fold_batch_norm(graph: fx.Graph, is_weight: Callable[[fx.Node], bool]) -> PassResult:
     """Fold every batch norm of a Dynamo graph that can be, in place.
@@ -60,11 +63,13 @@ def fold_batch_norm(graph: fx.Graph, is_weight: Callable[[fx.Node], bool]) -> Pa
         if _is_foldable(layer, constant) and all(operand < layer for operand in operands):
             with graph.inserting_before(layer):
                 folded = _folded_layer(graph, layer, norm)
+            origin = {key: layer.meta[key] for key in _ORIGIN if key in layer.meta}
         else:
             change = Change.at(node, "one multiply-add instead of a normalization")
             with graph.inserting_before(node):
                 folded = _multiply_add(graph, norm)
-        folded.meta = dict(node.meta)
+            origin = {}
+        folded.meta = {**node.meta, **origin}
         node.replace_all_uses_with(folded)
         graph.erase_node(node)
         if not layer.users:

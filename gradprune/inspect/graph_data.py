@@ -134,8 +134,8 @@ def _with_operands(nodes: Iterable[fx.Node]) -> set[fx.Node]:
 
 
 def _stores(node: fx.Node, gradients: set[fx.Node]) -> bool:
-    """Whether ``node`` is computed from ``gradients`` alone, such as the copy that is put into ``.grad``."""
-    return node.op == "call_function" and bool(node.all_input_nodes) and gradients.issuperset(node.all_input_nodes)
+    """Whether ``node`` reads weight gradients; in the update it can only put them into ``.grad``."""
+    return node.op == "call_function" and not gradients.isdisjoint(node.all_input_nodes)
 
 
 def _describe(value: object) -> str:
@@ -197,7 +197,7 @@ def _modules(step_graph: StepGraph, phases: dict[fx.Node, str]) -> list[tuple[st
         if phases[node] == "update":
             if not _stores(node, gradients):
                 return UPDATE, ""
-            source = node.all_input_nodes[0]
+            source = next(operand for operand in node.all_input_nodes if operand in gradients)
         target = anchor.get(source, len(order))
         if target < len(order) and order[target] in named:
             return named[order[target]]
@@ -242,8 +242,8 @@ def _anchor_backward(backward: list[fx.Node], anchor: dict[fx.Node, int], weight
             reached[node] = anchor.get(node, limit or 0)
     for node in reversed(backward):
         users = {anchor[user] for user in node.users if user in anchor and user in members}
-        if len(users) == 1 and (node not in anchor or users <= touched.get(node, set())):
-            anchor[node] = users.pop()
+        if users and (node not in anchor or (len(users) == 1 and users <= touched.get(node, set()))):
+            anchor[node] = max(users)  # a sum of gradients is needed where it is read first
     for node in backward:
         operands = node.all_input_nodes
         siblings = [anchor[u] for o in operands if o in members for u in o.users if u in anchor]

@@ -12,7 +12,7 @@ const STATUS = {
   rewritten: ["\u223c", "replaced by another operator"],
   narrowed: ["\u25d0", "narrowed: computes less, or from less"],
   hoisted: ["\u21e1", "hoisted: computed once per attack"],
-  new: ["+", "new"],
+  new: ["+", "put in by a pass"],
   kept: ["!", "kept, although it computes more than is used"],
 };
 const DID = { removed: "removed", narrowed: "narrowed", hoisted: "hoisted", skipped: "kept" };
@@ -39,6 +39,7 @@ function amount(value, what) {
 const bytes = (value) => amount(value, "B");
 const flops = (value) => amount(value, "FLOP");
 const sum = (values) => values.reduce((total, value) => total + value, 0);
+const most = (values) => values.reduce((largest, value) => Math.max(largest, value), 1);
 const total = (classes) => (classes ? sum(Object.values(classes)) : 0);
 
 function escaped(text) {
@@ -96,19 +97,31 @@ function prepare(data) {
   return entries;
 }
 
-// Names of both graphs in one order that keeps that of each as far as the two agree.
-function merged(entries) {
-  const placed = new Set(), order = [];
-  const put = (entry) => { if (!placed.has(entry)) { placed.add(entry); order.push(entry); } };
+// The entries of one lane side by side: pairs of what is shown before and after. What is in both graphs is one row, in
+// an order that keeps that of both as far as they agree; between those, what is gone stands beside what has come.
+function paired(entries) {
   const before = entries.filter((entry) => entry.before).sort((p, q) => p.before.index - q.before.index);
   const after = entries.filter((entry) => entry.after).sort((p, q) => p.after.index - q.after.index);
-  let next = 0;
+  const placed = new Set(), pairs = [];
+  let gone = [], come = [], next = 0;
+  const flush = () => {
+    for (let k = 0; k < Math.max(gone.length, come.length); k++) pairs.push([gone[k] || null, come[k] || null]);
+    gone = [];
+    come = [];
+  };
+  const take = (entry) => {
+    if (placed.has(entry)) return;
+    placed.add(entry);
+    if (entry.before && entry.after) { flush(); pairs.push([entry, entry]); }
+    else (entry.before ? gone : come).push(entry);
+  };
   for (const entry of after) {
-    if (entry.before && !placed.has(entry)) while (before[next] !== entry) put(before[next++]);
-    put(entry);
+    if (entry.before) while (!placed.has(entry)) take(before[next++]);
+    else take(entry);
   }
-  before.forEach(put);
-  return order;
+  before.slice(next).forEach(take);
+  flush();
+  return pairs;
 }
 
 // The tree of modules. Groups have either children or lanes of entries.
@@ -149,8 +162,8 @@ function buildTree(entries) {
     group.place = group.path in rank ? rank[group.path] : Math.min(...(places.some(isFinite) ? places : fallback));
     group.children.sort((p, q) => p.place - q.place);
     group.lanes = [FORWARD, BACKWARD].map((lane) => {
-      const order = group.own ? merged(group.own.filter((entry) => entry.lane === lane)) : [];
-      return lane === BACKWARD ? order.reverse() : order; // backward runs upwards
+      const pairs = group.own ? paired(group.own.filter((entry) => entry.lane === lane)) : [];
+      return lane === BACKWARD ? pairs.reverse() : pairs; // backward runs upwards
     });
     for (const entry of group.own || []) entry.group = group;
     group.figures = SIDES.map((when) =>
@@ -186,15 +199,16 @@ function openSome(root) {
   }
 }
 
-// The visible rows, top to bottom, and for every entry and group the row it is shown in.
-function flatten(root, matches) {
+// The visible rows, top to bottom, and for every entry and group the row it is shown in. A row of nodes has four cells:
+// forward and backward before the passes, forward and backward after them.
+function flatten(root, matches, view) {
   const rows = [], rowOf = new Map();
+  const sides = SIDES.map((when) => view === "both" || view === when);
+  const shows = (entry, side) => Boolean(entry && sides[side] && (!matches || matches.has(entry)));
   const visit = (group, into) => {
-    let lanes = group.lanes;
-    if (matches) {
-      if (!group.members.some((entry) => matches.has(entry))) return;
-      lanes = lanes.map((lane) => lane.filter((entry) => matches.has(entry)));
-    }
+    if (!group.members.some((entry) => SIDES.some((when, side) => entry[when] && shows(entry, side)))) return;
+    const lanes = group.lanes.map((pairs) =>
+      pairs.map((pair) => pair.map((entry, side) => (shows(entry, side) ? entry : null))).filter((pair) => pair[0] || pair[1]));
     const open = matches ? true : group.open;
     const row = into === undefined ? rows.length : into;
     rowOf.set(group, row);
@@ -210,7 +224,8 @@ function flatten(root, matches) {
     }
     const count = Math.max(lanes[0].length, lanes[1].length);
     for (let k = 0; k < count; k++) {
-      const cells = [lanes[0][k], lanes[1][k]];
+      const [forward, backward] = lanes.map((pairs) => pairs[k] || [null, null]);
+      const cells = [forward[0], backward[0], forward[1], backward[1]];
       cells.forEach((entry) => entry && rowOf.set(entry, rows.length));
       rows.push({ group, open, first: k === 0, cells });
     }
@@ -225,7 +240,8 @@ function connections(graph, layout) {
   for (const [owner, readers] of graph.saved) {
     const size = graph.nodes[owner].bytes || 0;
     const from = layout.rowOf.get(graph.nodes[owner].entry);
-    for (const reader of readers) {
+    const direct = readers.filter((reader) => !graph.nodes[reader].view); // rather than the views they read it through
+    for (const reader of direct.length ? direct : readers) {
       const to = layout.rowOf.get(graph.nodes[reader].entry);
       if (from === undefined || to === undefined) continue;
       const key = from + ":" + to;
@@ -258,7 +274,6 @@ function start(data) {
   const entries = prepare(data);
   const root = buildTree(entries);
   openSome(root);
-  const heaviest = Math.max(1, ...root.children.flatMap((g) => [g, ...g.children]).flatMap((g) => g.figures.flat().map((f) => f.flops)));
   const fattest = Math.max(1, ...SIDES.flatMap((when) => data[when].saved.map(([owner]) => data[when].nodes[owner].bytes || 0)));
   const state = { query: "", matches: null, view: "both", cursor: { row: 0, column: 0 }, selected: null };
   let layout, lines, drawn = "";
@@ -320,16 +335,16 @@ function start(data) {
     const chart = $("chart");
     const forward = data.before.calls.findIndex((node) => node.phase === "backward");
     const share = forward < 0 ? 1 : Math.min(0.8, Math.max(0.2, forward / data.before.calls.length));
-    const top = Math.max(...data.before.memory, ...data.after.memory, 1) * 1.08;
+    const top = Math.max(most(data.before.memory), most(data.after.memory)) * 1.08;
     const curves = {}, peaks = {};
     const shape = (when) => {
       const memory = data[when].memory, { x } = (curves[when] = curve(data[when], share));
-      peaks[when] = memory.indexOf(Math.max(...memory));
+      peaks[when] = memory.indexOf(most(memory));
       // One point for each pixel at most, the highest there.
       const points = new Map();
       memory.forEach((value, k) => { const px = Math.round(x(k) * 700); points.set(px, Math.max(points.get(px) || 0, value)); });
       const path = [...points].map(([px, value], k) => `${k ? "L" : "M"}${px} ${(200 - (value / top) * 200).toFixed(1)}`).join("");
-      return memory.length ? `<path class="${when[0]}" d="${path}L700 200L0 200Z"/>` : "";
+      return memory.length ? `<path class="${when[0]} area" d="${path}L700 200L0 200Z"/><path class="${when[0]} line" d="${path}"/>` : "";
     };
     chart.innerHTML = `<svg viewBox="0 0 700 200" preserveAspectRatio="none" aria-hidden="true">${SIDES.map(shape).join("")}</svg>` +
       (share < 1 ? `<span class="phase" style="left:${share * 100}%">backward</span><span class="phase" style="left:0;border:0">forward</span>` : "") +
@@ -380,10 +395,9 @@ function start(data) {
     const items = data.passes.map((record) => {
       const counts = new Map();
       for (const [kind] of record.changes) counts.set(DID[kind], (counts.get(DID[kind]) || 0) + 1);
-      const text = [...counts].map(([kind, count]) => `${count} ${kind}`).join(", ");
+      const text = [...counts].map(([kind, count]) => `${fixed(count, 0)} ${kind}`).join(", ");
       const title = `${record.tier === "exact" ? "exact" : "may round differently"}; ${record.ops[0]} operators before, ${record.ops[1]} after; ${fixed(record.seconds * 1e3, 0)} ms`;
-      const shown = [...entries.values()].some((entry) => entry.haystack.includes("pass:" + record.name + "\n") || entry.haystack.endsWith("pass:" + record.name));
-      return `<button type="button" data-query="pass:${escaped(record.name)}" aria-pressed="false" title="${escaped(title)}" class="${record.changes.length ? "" : "idle"}"${shown ? "" : " data-empty"}>${escaped(record.name)}<small>${escaped(text)}</small></button>`;
+      return `<button type="button" data-query="pass:${escaped(record.name)}" aria-pressed="false" title="${escaped(title)}" class="${record.changes.length ? "" : "idle"}">${escaped(record.name)}<small>${escaped(text)}</small></button>`;
     });
     $("passes").innerHTML = items.length ? '<span class="label">Passes, in order</span>' + items.join("") : '<span class="label">No pass ran</span>';
     $("passes").addEventListener("click", filterBy);
@@ -392,7 +406,7 @@ function start(data) {
   // --- Toolbar
 
   function drawToolbar() {
-    const filters = [["is:removed", "removed"], ["is:weight-gradient", "weight gradients"], ["is:narrowed", "narrowed"], ["is:rewritten", "replaced"], ["is:hoisted", "hoisted"], ["is:new", "new"], ["is:kept", "kept"], ["is:saved", "saved"]];
+    const filters = [["is:removed", "removed"], ["is:weight-gradient", "weight gradient"], ["is:narrowed", "narrowed"], ["is:rewritten", "replaced"], ["is:hoisted", "hoisted"], ["is:new", "new"], ["is:kept", "kept"], ["is:saved", "saved"]];
     $("filters").innerHTML = filters.map(([query, label]) => {
       const count = find(query).size;
       return count ? `<button type="button" data-query="${query}" aria-pressed="false">${label} <small>${fixed(count, 0)}</small></button>` : "";
@@ -443,14 +457,15 @@ function start(data) {
   // To the next or previous node that is shown, or that matches.
   function step(direction) {
     const order = [];
-    layout.rows.forEach((row, index) => { if (row.cells) for (const entry of row.cells) if (entry && visible(entry)) order.push(entry); });
+    layout.rows.forEach((row) => { if (row.cells) for (const entry of new Set(row.cells)) if (entry) order.push(entry); });
     if (!order.length) return;
     const now = order.indexOf(state.selected);
     select(order[(now + direction + order.length + (now < 0 && direction < 0 ? 1 : 0)) % order.length].name);
   }
 
   function setOpen(open) {
-    const walk = (group) => { group.open = open || group === root; group.children.forEach(walk); };
+    // The inputs are a long list of names that few will read; their own arrow opens them.
+    const walk = (group) => { group.open = (open && group.path !== "(inputs)") || group === root; group.children.forEach(walk); };
     const anchor = state.selected;
     walk(root);
     relayout();
@@ -462,7 +477,7 @@ function start(data) {
     state.view = view;
     $("explorer").dataset.view = view;
     for (const button of $("views").children) button.setAttribute("aria-pressed", button.dataset.viewName === view);
-    if (layout) draw(true);
+    if (layout) relayout();
   }
 
   function setTheme() {
@@ -499,7 +514,7 @@ function start(data) {
   // --- Graph
 
   function relayout() {
-    layout = flatten(root, state.matches);
+    layout = flatten(root, state.matches, state.view);
     lines = Object.fromEntries(SIDES.map((when) => [when, connections(data[when], layout)]));
     state.cursor.row = Math.max(0, Math.min(state.cursor.row, layout.rows.length - 1));
     $("graph").style.height = Math.max(layout.rows.length * rowHeight(), 60) + "px";
@@ -509,7 +524,6 @@ function start(data) {
 
   function rowHeight() { return 26; }
   function top() { return $("graph").getBoundingClientRect().top + window.scrollY - $("lanes").offsetHeight - $("toolbar").offsetHeight; }
-  function visible(entry) { return state.view === "both" || entry[state.view]; }
 
   function draw(force) {
     const box = $("graph").getBoundingClientRect(), height = rowHeight();
@@ -535,16 +549,18 @@ function start(data) {
     const column = (when, lane) => 1 + SIDES.indexOf(when) * 2 + lane;
     const cells = SIDES.map((when) => [FORWARD, BACKWARD].map((lane) => {
       const id = `c${k}-${column(when, lane)}`, side = "side-" + when[0];
-      return row.summary ? drawSummary(group.figures[SIDES.indexOf(when)][lane], id, side, row.open) : drawNode(row.cells[lane], when, id, side);
-    }).join(`<div class="side-${when[0]}"></div>`)).join('<div class="split"></div>');
+      return row.summary ? drawSummary(group, group.figures[SIDES.indexOf(when)][lane], id, side) : drawNode(row.cells[column(when, lane) - 1], when, id, side);
+    }).join(`<div class="side-${when[0]}" aria-hidden="true"></div>`)).join('<div class="split" aria-hidden="true"></div>');
     const aria = header ? ` aria-level="${group.depth + 1}" aria-expanded="${row.open}"` : ` aria-level="${group.depth + 2}"`;
     return `<div class="row ${header && group.depth === 0 ? "top" : ""}" role="row" aria-rowindex="${k + 1}"${aria} style="top:${k * rowHeight()}px">${gutter}${cells}</div>`;
   }
 
-  function drawSummary(figures, id, side, open) {
+  function drawSummary(group, figures, id, side) {
+    // Bars compare the modules of one parent, and forward with backward, before with after.
+    const heaviest = (group.parent.heaviest ??= Math.max(1, ...group.parent.children.flatMap((child) => child.figures.flat()).map((other) => other.flops)));
     const parts = CLASSES.map((name) => ["c-" + name, figures.classes[name] / heaviest]).filter(([, part]) => part);
-    const text = figures.ops ? figures.ops + (figures.ops === 1 ? " op" : " ops") : figures.inputs && side ? figures.inputs + " values" : "";
-    return `<div class="cell summary ${side} ${open ? "quiet" : ""}" id="${id}" role="gridcell"><span class="ops">${text}</span>${parts.length ? track(parts) : ""}<span class="flops">${figures.flops ? flops(figures.flops).replace("FLOP", "F") : ""}</span></div>`;
+    const text = figures.ops ? fixed(figures.ops, 0) + (figures.ops === 1 ? " op" : " ops") : figures.inputs ? fixed(figures.inputs, 0) + (figures.inputs === 1 ? " value" : " values") : "";
+    return `<div class="cell summary ${side}" id="${id}" role="gridcell"><span class="ops">${text}</span>${parts.length ? track(parts) : ""}<span class="flops">${figures.flops ? flops(figures.flops).replace("FLOP", "F") : ""}</span></div>`;
   }
 
   function statusOf(entry, when) {
@@ -562,13 +578,14 @@ function start(data) {
     if (entry === selected) classes.push("selected");
     else if (selected && selected[when] && (selected[when].inputs.includes(node.index) || selected[when].users.includes(node.index))) classes.push("related");
     const [mark, words] = STATUS[status] || ["", ""];
+    const stem = node.name.replace(/_\d+$/, ""); // where there is no room for the name, its number stays
     const figure = node.flops ? flops(total(node.flops)).replace("FLOP", "F") : node.savedFor.length ? bytes(node.bytes) : "";
     const label = [node.name, node.op, when, words, node.weight_grad ? "weight gradient" : "", node.savedFor.length ? "saved for backward, " + bytes(node.bytes) : ""].filter(Boolean).join(", ");
-    return `<div class="${classes.join(" ")}" id="${id}" role="gridcell" data-node="${escaped(entry.name)}" aria-selected="${entry === selected}" aria-label="${escaped(label)}" title="${escaped(node.op + (node.value ? "  " + node.value : ""))}">${mark ? `<span class="mark">${mark}</span>` : ""}<span class="name">${escaped(node.name)}</span><span class="fig">${figure}</span></div>`;
+    return `<div class="${classes.join(" ")}" id="${id}" role="gridcell" data-node="${escaped(entry.name)}" aria-selected="${entry === selected}" aria-label="${escaped(label)}" title="${escaped(node.op + (node.value ? "  " + node.value : ""))}">${mark ? `<span class="mark">${mark}</span>` : ""}<span class="name"><span>${escaped(stem)}</span>${escaped(node.name.slice(stem.length))}</span><span class="fig">${figure}</span></div>`;
   }
 
   function drawEdges(when, first, last) {
-    const height = rowHeight(), width = matchMedia("(max-width: 1100px)").matches ? 34 : 64;
+    const height = rowHeight(), width = matchMedia("(max-width: 1100px)").matches ? 34 : 60;
     let marked = false;
     const paths = [];
     for (const line of lines[when]) {
@@ -634,7 +651,7 @@ function start(data) {
   function columnsOf(row) {
     const found = [0];
     const { cells } = layout.rows[row];
-    if (cells) SIDES.forEach((when, side) => cells.forEach((entry, lane) => { if (entry && entry[when] && (state.view === "both" || state.view === when)) found.push(1 + side * 2 + lane); }));
+    if (cells) cells.forEach((entry, k) => { if (entry) found.push(1 + k); });
     return found;
   }
 
@@ -666,7 +683,7 @@ function start(data) {
       else if (current.open && (current.summary || current.first) && !state.matches) toggle(current.group);
       else if (current.group.parent && layout.rowOf.has(current.group.parent)) moveTo(layout.rowOf.get(current.first || current.summary ? current.group.parent : current.group), 0);
     } else if (event.key === "Enter" || event.key === " ") {
-      const entry = column && current.cells ? current.cells[(column - 1) % 2] : null;
+      const entry = column && current.cells ? current.cells[column - 1] : null;
       if (entry) select(entry.name);
       else toggle(current.group);
     } else return;
@@ -678,7 +695,8 @@ function start(data) {
   function showDetails() {
     const entry = state.selected;
     $("details").classList.toggle("idle", !entry);
-    $("details").innerHTML = entry ? describe(entry) : legend();
+    $("details").innerHTML = `<div>${entry ? describe(entry) : legend()}</div>`;
+    $("details").scrollTop = 0;
     const close = $("details").querySelector(".close");
     if (close) close.addEventListener("click", closeDetails);
   }
@@ -695,15 +713,17 @@ function start(data) {
     const item = (status, text, extra) => `<span class="cell node ${status} ${extra || ""}"><span class="mark">${(STATUS[status] || [""])[0]}</span><span class="name">${status === "kept" ? "kept" : "node"}</span></span><span>${text}</span>`;
     return `<h2>How to read this</h2><p>Forward runs down, backward runs up. A line is a tensor that forward saves for backward, as thick as it is large.</p><div class="legend">` +
       item("removed", "removed: a weight gradient", "weight_grad") + item("removed", "removed: no output depends on it") + item("rewritten", "replaced by another operator") + item("narrowed", "computes less, or from less") +
-      item("hoisted", "computed once per attack") + item("new", "put in by a pass") + (find("is:kept").size ? item("kept", "left as it was, and why") : "") + item("", "saved for backward", "saved") +
+      item("hoisted", "computed once per attack") + item("new", STATUS.new[1]) + (find("is:kept").size ? item("kept", "left as it was, and why") : "") + item("", "saved for backward", "saved") +
       "</div><p class=\"empty\" style=\"margin-top:12px\">Choose a node, here or in the curve. <kbd>?</kbd> lists the keys.</p>";
   }
 
   function describe(entry) {
+    const sides = SIDES.filter((when) => entry[when]);
     const both = (label, show, code) => {
-      const values = SIDES.map((when) => (entry[when] ? show(entry[when], data[when]) : ""));
-      if (!values[0] && !values[1]) return "";
-      const cells = values[0] === values[1] ? `<td colspan="2" class="${code || ""}">${escaped(values[0])}</td>` : values.map((value) => `<td class="${code || ""}">${escaped(value || "\u2013")}</td>`).join("");
+      const values = sides.map((when) => show(entry[when], data[when]));
+      if (!values.some(Boolean)) return "";
+      const same = values.length === 2 && values[0] === values[1];
+      const cells = same ? `<td colspan="2" class="${code || ""}">${escaped(values[0])}</td>` : values.map((value) => `<td class="${code || ""}">${escaped(value || "\u2013")}</td>`).join("");
       return `<tr><th scope="row">${label}</th>${cells}</tr>`;
     };
     const node = entry.after || entry.before, [, words] = STATUS[entry.status] || ["", ""];
@@ -714,9 +734,8 @@ function start(data) {
     return `<button type="button" class="close" aria-label="Close the details">\u00d7</button><h2>${escaped(entry.name)}</h2>` +
       `<p class="op">${escaped(node.op)}</p><p>${escaped([entry.path && !entry.path.startsWith("(") ? entry.path : entry.path.slice(1, -1) || "model", entry.type].filter(Boolean).join(" \u00b7 "))}</p>` +
       (state_ || entry.weightGradient ? `<h3>What happened</h3><p>${escaped([state_, entry.weightGradient ? "leads to weight gradients only" : ""].filter(Boolean).join("; "))}</p>` : "") + reasons +
-      `<table><thead><tr><td></td><th scope="col">before</th><th scope="col">after</th></tr></thead><tbody>` +
-      (entry.before && entry.after ? "" : `<tr><th scope="row">in the graph</th>${SIDES.map((when) => `<td>${entry[when] ? "yes" : "no"}</td>`).join("")}</tr>`) +
-      both("pass", (n) => n.phase) + both("role", (n) => n.role || "") + both("value", (n) => n.value || "", "code") +
+      `<table><thead><tr><td></td>${sides.map((when) => `<th scope="col">${when}${sides.length < 2 ? " only" : ""}</th>`).join("")}</tr></thead><tbody>` +
+      both("phase", (n) => n.phase) + both("role", (n) => n.role || "") + both("value", (n) => n.value || "", "code") +
       both("bytes", (n) => (n.bytes ? bytes(n.bytes) + (n.view ? ", a view" : "") : "")) +
       CLASSES.map((name) => both(CLASS_NAMES[name], (n) => (n.flops && n.flops[name] ? flops(n.flops[name]) : ""))).join("") +
       both("saved", (n) => (n.savedFor.length ? "for " + n.savedFor.length + (n.savedFor.length === 1 ? " reader" : " readers") : "")) +
