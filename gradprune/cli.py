@@ -12,13 +12,17 @@ from .bench import command as bench
 from .demo import command as demo
 from .errors import GradpruneError, OptionError
 from .evaluation import command as evaluation
+from .inspect import command as inspect
+from .training import command as training
 
 USAGE_ERROR = 2
 FAILURE = 1
 
 ADD_COMMANDS: tuple[Callable[[argparse._SubParsersAction[Any]], None], ...] = (
     demo.add_command,
+    inspect.add_command,
     evaluation.add_commands,
+    training.add_command,
     bench.add_command,
 )
 """What ``--help`` lists, in this order. Each adds its subparser and sets ``run`` to what carries it out."""
@@ -31,10 +35,13 @@ the weight gradients, and all that only they need, are pruned out of the backwar
 EPILOG = """\
 examples:
   gradprune demo --output demo-output      see it work on photographs and on a network trained on the spot
+  gradprune inspect timm:resnet18          what is pruned from a step of PGD, and what is not
   gradprune attack --model digits --data digits --attack pgd --eps 0.1
                                            adversarial examples, with a record and pictures of them
   gradprune evaluate --model digits --data digits --attack fgsm pgd --eps 0 .05 .1 .2
                                            accuracy under attacks: records, a table, a plot, pictures
+  gradprune train --model digits --data digits --objective trades --eps 0.2
+                                           adversarial training: checkpoints, metrics, curves
   gradprune bench step --rounds 5          one step of PGD beside eager PyTorch and torch.compile
   gradprune COMMAND --help                 what a command does and what can be changed
 """
@@ -73,8 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except GradpruneError as error:
         print(f"gradprune {arguments.command}: error: {error}", file=sys.stderr)
         return USAGE_ERROR if isinstance(error, OptionError) else FAILURE
-    except KeyboardInterrupt:
-        print(f"gradprune {arguments.command}: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(f"gradprune {arguments.command}: {str(interrupt) or 'interrupted'}", file=sys.stderr)
         return 130
     return status
 

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import fx
 
 from ..step_graph import StepGraph
-from .cost import node_flops
+from .cost import flops_by_node
 from .liveness import base, tensor_bytes
 from .regions import backward_nodes, weight_only_nodes
 
@@ -41,7 +39,8 @@ def predict(step_graph: StepGraph) -> Prediction:
     """Model the cost of a graph as it stands."""
     backward, weight_only = backward_nodes(step_graph), weight_only_nodes(step_graph)
     calls = [node for node in step_graph.calls() if node not in weight_only]
-    flops = {node: _flops(node) for node in calls}
+    by_class = flops_by_node(step_graph)
+    flops = {node: sum(by_class.get(node, {}).values()) for node in calls}
     moved, time = 0, 0.0
     fused_reads: set[tuple[fx.Node, bool]] = set()
     visible = {base(value) for value in step_graph.output_values() if value is not None}
@@ -64,14 +63,6 @@ def predict(step_graph: StepGraph) -> Prediction:
     writes = [node for node in visible if node.op == "call_function" and not flops.get(_producer(node), 1)]
     fused = sum(_bytes(owner) for owner, _ in fused_reads) + sum(map(_bytes, writes))
     return Prediction(moved + fused, time + fused)
-
-
-def _flops(node: fx.Node) -> int:
-    flops = node_flops(node)
-    if node.target is torch.ops.aten.convolution_backward.default:
-        mask: Any = node.args[-1]
-        flops *= bool(mask[0]) + bool(mask[1])
-    return flops
 
 
 def _producer(node: fx.Node) -> fx.Node:

@@ -7,12 +7,13 @@ compile the same graph, round the same way and find it in the cache.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 
 import torch
@@ -27,6 +28,23 @@ TRIES = 7
 
 _answers: dict[str, bool] = {}
 
+_unmeasured: ContextVar[list[str] | None] = ContextVar("unmeasured", default=None)
+
+
+@contextmanager
+def not_measuring() -> Iterator[list[str]]:
+    """Within it nothing is timed: what has not been measured before counts as no faster.
+
+    Yields:
+        What would have been measured, filled in on the way.
+    """
+    asked: list[str] = []
+    token = _unmeasured.set(asked)
+    try:
+        yield asked
+    finally:
+        _unmeasured.reset(token)
+
 
 def is_faster(what: str, make: Callable[[], tuple[Callable[[], object], Callable[[], object]]]) -> bool:
     """Whether a candidate kernel beats a baseline by ``MARGIN`` on this machine.
@@ -38,6 +56,10 @@ def is_faster(what: str, make: Callable[[], tuple[Callable[[], object], Callable
     key = f"{what}, {torch.get_num_threads()} threads"
     if key not in _answers:
         _answers.update(_load())
+    unmeasured = _unmeasured.get()
+    if key not in _answers and unmeasured is not None:
+        unmeasured.append(what)
+        return False
     if key not in _answers:
         with _disable_current_modes(), torch.no_grad(), torch.random.fork_rng(devices=[]):
             candidate, baseline = make()
@@ -73,7 +95,7 @@ def _load() -> dict[str, bool]:
 
 
 def _save() -> None:
-    with contextlib.suppress(OSError):  # a cache that cannot be written is no reason to fail
+    with suppress(OSError):  # a cache that cannot be written is no reason to fail
         file = _file()
         file.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=file.parent)

@@ -36,7 +36,7 @@ P = ParamSpec("P")
 def _harmless(method: Callable[Concatenate[Observer, P], None]) -> Callable[Concatenate[Observer, P], None]:
     """Have a failure of ``method`` be no more than a warning."""
 
-    def wrapped(self: Observer, *args: P.args, **kwargs: P.kwargs) -> None:
+    def wrapped(self: Observer, /, *args: P.args, **kwargs: P.kwargs) -> None:
         try:
             method(self, *args, **kwargs)
         except Exception as error:
@@ -63,6 +63,7 @@ class Observer:
         self._names: set[str] = set()
         self._repro: Repro | None = None
         self._page: dict[str, Any] = {}
+        self._finished = False
         self._folder: DumpFolder | None = None
         root = options.dump if options.dump is not None else os.environ.get(VARIABLE) or None
         if root is not None:
@@ -189,26 +190,35 @@ class Observer:
         self.report.kernels += called_kernels(code, part)
         if self._folder is not None:
             self._folder.write_stage(f"kernels-{part}.py", code)
+            if self._finished:
+                self._write_report(self._folder)
 
     @_harmless
     def finish(self) -> None:
-        """All is compiled."""
+        """All is compiled, but for the backward graph of a model: torch does that when backward is called."""
         self._examples = ()
+        self._finished = True
         report = self.report
         log.info("%s%s", report.summary(), f", written to {report.dump}" if report.dump else "")
         _torch.trace_artifact("gradprune_report", "json", lambda: json.dumps(report.to_dict(), indent=1))
         _torch.trace_artifact("gradprune_report_text", "string", lambda: str(report))
-        if self._folder is None:
-            return
-        self._folder.write("report.json", json.dumps(report.to_dict(), indent=1) + "\n")
-        self._folder.write("report.txt", f"{report}\n")
+        if self._folder is not None:
+            self._write_report(self._folder)
+
+    def _write_report(self, folder: DumpFolder) -> None:
+        self._write_pictures(folder)
+        folder.write("report.json", json.dumps(self.report.to_dict(), indent=1) + "\n")
+        folder.write("report.txt", f"{self.report}\n")
+
+    @_harmless
+    def _write_pictures(self, folder: DumpFolder) -> None:
+        report = self.report
         if report.graphs:
-            text = dot(report)
-            self._folder.write("graph.dot", text)
+            folder.write("graph.dot", dot(report))
         if self._page.keys() == {"before", "after"}:
             from .page import write_page
 
-            write_page(self._folder.path / "page.html", report, self._page["before"], self._page["after"])
+            write_page(folder.path / "page.html", report, self._page["before"], self._page["after"])
 
     def _program(self, name: str, step_graph: StepGraph, header: Sequence[str]) -> str:
         roles = {node.name: INPUT_ROLES[role] for node, role in step_graph.inputs.items()}

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import difflib
+import operator
 import os
 import textwrap
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import fx
 
-from ..analysis.cost import FLOP_CLASSES, count_flops
+from ..analysis.cost import FLOP_CLASSES, count_flops, flops_by_node
 from ..analysis.liveness import base, live_bytes, saved_nodes, total_bytes
 from ..analysis.prediction import predict
 from ..errors import GradpruneError
@@ -47,6 +49,7 @@ class Report:
         peak_bytes: Largest number of bytes alive at once, before and after, without fusion.
         memory: Bytes alive while each operator runs, in graph order, before and after, without fusion.
         moved_bytes: Bytes that one call should read and write, before and after, see ``gradprune.analysis.prediction``.
+        weight_gradients: Operators that compute a weight gradient after all passes, and which output needs it.
         passes: The passes that ran.
         kernels: What Inductor's generated code calls; empty if nothing was compiled.
         fallback: Why the graph was compiled as captured, ``None`` if it was not.
@@ -63,6 +66,7 @@ class Report:
     peak_bytes: dict[str, int] = field(default_factory=dict)
     memory: dict[str, list[int]] = field(default_factory=dict)
     moved_bytes: dict[str, int] = field(default_factory=dict)
+    weight_gradients: list[Change] = field(default_factory=list)
     passes: list[PassRecord] = field(default_factory=list)
     kernels: list[Kernel] = field(default_factory=list)
     fallback: str | None = None
@@ -124,6 +128,7 @@ class Report:
         prediction = predict(step_graph)
         self.moved_bytes[when], self._time[when] = prediction.moved_bytes, prediction.time
         self.graphs[when] = Snapshot.of(step_graph)
+        self.weight_gradients = _weight_gradients(step_graph, self.graphs[when])
         hoisted = {change.node for change in self.hoisted}
         self._hoisted_bytes = {node.name: total_bytes([node]) for node in step_graph.calls() if node.name in hoisted}
 
@@ -174,23 +179,15 @@ class Report:
                 ", but it writes to memory or draws random numbers" if seen.is_call else ""
             )
         else:
-            _, role, because = graph.outputs[output]
-            reason = role + (f" ({because})" if because else "")
+            reason = graph.meaning(output)
         hoisted = next((name for name in names if name in self._hoisted_bytes), None)
         if hoisted is not None:
             reason += f"; {'it is' if hoisted == node else f'{hoisted} is'} computed once per attack"
         return Why(node, seen.operator, seen.source, True, chain, output, reason)
 
     def measure_saved(self, forward: fx.Graph) -> None:
-        """Take the bytes saved for backward from a partitioned forward graph: what it returns beyond its outputs."""
-        output = forward.output_node()
-        visible = set(output.meta["user_visible_output_idxs"])
-        saved = {
-            base(value): None
-            for position, value in enumerate(output.args[0])  # type: ignore[arg-type]
-            if position not in visible and isinstance(value, fx.Node) and base(value).op == "call_function"
-        }
-        self.saved_bytes["after"] = total_bytes(saved)
+        """Take the bytes saved for backward from a partitioned forward graph."""
+        self.saved_bytes["after"] = saved_by(forward)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data that ``json.dump`` takes, and that ``report.json`` of a dump holds.
@@ -199,9 +196,10 @@ class Report:
             ``schema_version`` (this is 1), ``form``, ``function``; ``ops``, ``flops`` by class, ``saved_bytes``,
             ``peak_bytes``, ``moved_bytes`` and ``memory`` (bytes alive while each operator runs), each with ``before``
             and ``after``; ``speedup`` (ratios of ``flops`` and ``bytes``, and ``predicted``); the lists ``removed``,
-            ``narrowed``, ``hoisted`` and ``skipped`` of ``node``, ``operator``, ``source``, ``reason``, for hoisted
-            values ``bytes`` too; ``passes`` (``name``, ``tier``, ``seconds``, ``ops``); ``kernels`` (``name``,
-            ``count``, ``kind``, ``part``); ``fallback``, ``dump``, ``dump_error``, which may be ``None``.
+            ``narrowed``, ``hoisted``, ``skipped`` and ``weight_gradients`` of ``node``, ``operator``, ``source``,
+            ``reason``, for hoisted values ``bytes`` too; ``passes`` (``name``, ``tier``, ``seconds``, ``ops``);
+            ``kernels`` (``name``, ``count``, ``kind``, ``part``); ``fallback``, ``dump``, ``dump_error``, which may be
+            ``None``.
         """
         return {
             "schema_version": SCHEMA_VERSION,
@@ -220,6 +218,7 @@ class Report:
                 {**asdict(change), "bytes": self._hoisted_bytes.get(change.node, 0)} for change in self.hoisted
             ],
             "skipped": [asdict(change) for change in self.skipped],
+            "weight_gradients": [asdict(change) for change in self.weight_gradients],
             "passes": [
                 {
                     "name": record.name,
@@ -243,7 +242,7 @@ class Report:
         total = {when: sum(classes.values()) for when, classes in self.flops.items()}
         parts = [f"{self.ops['before']} -> {self.ops['after']} operators"]
         for label, values in (("FLOP", total), ("B saved", self.saved_bytes)):
-            unit, prefix = _unit(max(values.values()))
+            unit, prefix = unit_of(max(values.values()))
             parts.append(f"{values['before'] / unit:,.2f} -> {values['after'] / unit:,.2f} {prefix}{label}")
         parts += [f"{len(self.hoisted)} values hoisted", f"{sum(kernel.count for kernel in self.kernels)} kernels"]
         return f"{name} ({self.form}): " + ", ".join(parts)
@@ -261,11 +260,15 @@ class Report:
                 counts = Counter(change.operator for change in changes)
                 lines += _wrap(f"{label} {counts.total()}: {_most_common(counts)}")
         if self.hoisted:
-            unit, prefix = _unit(self.hoisted_bytes)
+            unit, prefix = unit_of(self.hoisted_bytes)
             counts = Counter(change.operator for change in self.hoisted)
             size = f"{self.hoisted_bytes / unit:,.1f} {prefix}B"
             lines += _wrap(f"hoisted {counts.total()} ({size}): {_most_common(counts)}")
         lines += _kept(self.skipped)
+        if self.weight_gradients:
+            first, *others = self.weight_gradients
+            more = f" and {len(others)} more" if others else ""
+            lines += _wrap(f"weight gradients computed by {_place(first)}{more}: {first.reason}")
         if self.kernels:
             counts = Counter()
             for kernel in self.kernels:
@@ -283,7 +286,7 @@ class Report:
     def _figures(self) -> list[str]:
         total = {when: sum(classes.values()) for when, classes in self.flops.items()}
         lines = [f"  {'':<24}{'before':>14}{'after':>14}", _row("operators", self.ops, 1, 0)]
-        unit, prefix = _unit(max(total.values()))
+        unit, prefix = unit_of(max(total.values()))
         for name in FLOP_CLASSES:
             of_class = {when: classes[name] for when, classes in self.flops.items()}
             if any(of_class.values()):
@@ -295,11 +298,36 @@ class Report:
             ("B peak, unfused", self.peak_bytes, None),
             ("B moved, fused", self.moved_bytes, ratio.get("bytes")),
         ):
-            unit, prefix = _unit(max(size.values()))
+            unit, prefix = unit_of(max(size.values()))
             lines.append(_row(prefix + label, size, unit, 1, _times(note)))
         if "predicted" in ratio:
             lines.append(f"  predicted from both{'':<33}{_times(ratio['predicted'])}, kernels being equally good")
         return lines
+
+
+def _weight_gradients(step_graph: StepGraph, seen: Snapshot) -> list[Change]:
+    """Operators that compute a weight gradient, and which output needs it."""
+    changes = []
+    for node, classes in flops_by_node(step_graph).items():
+        if not classes.get("weight_grad"):
+            continue
+        results = [user for user in node.users if user.target is operator.getitem and user.args[1] == 1]
+        _, output = seen.path(results[0].name if results else node.name)
+        if output is not None:
+            changes.append(Change.at(node, f"output {output} needs it: {seen.meaning(output)}"))
+    return changes
+
+
+def saved_by(forward: fx.Graph) -> int:
+    """Bytes that a partitioned forward graph computes and hands to its backward graph."""
+    output = forward.output_node()
+    visible = set(output.meta["user_visible_output_idxs"])
+    saved = {
+        base(value): None
+        for position, value in enumerate(output.args[0])  # type: ignore[arg-type]
+        if position not in visible and isinstance(value, fx.Node) and base(value).op == "call_function"
+    }
+    return total_bytes(saved)
 
 
 def _kept(skipped: Sequence[Change]) -> list[str]:
@@ -308,30 +336,27 @@ def _kept(skipped: Sequence[Change]) -> list[str]:
     for change in skipped:
         groups.setdefault((change.operator, change.reason), []).append(change)
     lines = []
-    for (operator, reason), changes in list(groups.items())[:KEPT_SHOWN]:
-        first = changes[0]
-        where = f" ({_short(first.source)})" if first.source else ""
+    for (_, reason), changes in list(groups.items())[:KEPT_SHOWN]:
         more = f" and {len(changes) - 1} more" if len(changes) > 1 else ""
-        lines += _wrap(f"kept {operator} {first.node}{where}{more}: {reason}")
+        lines += _wrap(f"kept {_place(changes[0])}{more}: {reason}")
     if len(groups) > KEPT_SHOWN:
         left = sum(len(changes) for changes in list(groups.values())[KEPT_SHOWN:])
         lines.append(f"  kept {left} more: to_dict()['skipped'] has them all")
     return lines
 
 
-def _short(source: str) -> str:
-    """``file:line`` relative to the current folder where that is shorter."""
-    try:
-        relative = os.path.relpath(source)
-    except (OSError, ValueError):  # another drive, or a folder that is gone
-        return source
-    return min(relative, source, key=len)
+def _place(change: Change) -> str:
+    """Operator, node and ``file:line``, the file relative to the current folder where that is shorter."""
+    source = change.source
+    with suppress(OSError, ValueError):  # another drive, or a folder that is gone
+        source = min(os.path.relpath(source), source, key=len) if source else ""
+    return f"{change.operator} {change.node}" + (f" ({source})" if source else "")
 
 
 def _most_common(counts: Counter[str]) -> str:
     shown = counts.most_common(KINDS_SHOWN)
     rest = counts.total() - sum(count for _, count in shown)
-    return ", ".join(f"{count}\xa0{name}" for name, count in shown) + (f", {rest}\xa0others" if rest else "")
+    return ", ".join(f"{count}\xa0{name}" for name, count in shown) + (f", {rest}\xa0more" if rest else "")
 
 
 def _wrap(text: str, lines: int = 2) -> list[str]:
@@ -353,7 +378,7 @@ def _times(ratio: float | None) -> str:
     return "" if ratio is None else f"{ratio:.2f}x"
 
 
-def _unit(largest: float) -> tuple[float, str]:
+def unit_of(largest: float) -> tuple[float, str]:
     """The largest decimal unit that keeps ``largest`` at or above one, and its prefix."""
     return next(
         ((unit, prefix) for unit, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M")) if largest >= unit), (1e3, "k")

@@ -71,6 +71,11 @@ class Snapshot:
             outputs.append((name, OUTPUT_ROLES[role_], step_graph.kept_because.get(position, "")))
         return Snapshot(nodes, outputs)
 
+    def meaning(self, output: int) -> str:
+        """What an output is, and why it is computed if that needs a reason."""
+        _, role, because = self.outputs[output]
+        return role + (f" ({because})" if because else "")
+
     def path(self, node: str) -> tuple[tuple[str, ...], int | None]:
         """The shortest way from ``node`` to an output, and the position of that output, ``None`` if none needs it."""
         positions: dict[str, int] = {}
