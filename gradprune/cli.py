@@ -13,6 +13,7 @@ from .demo import command as demo
 from .errors import GradpruneError, OptionError
 from .evaluation import command as evaluation
 from .inspect import command as inspect
+from .training import command as training
 
 USAGE_ERROR = 2
 FAILURE = 1
@@ -21,6 +22,7 @@ ADD_COMMANDS: tuple[Callable[[argparse._SubParsersAction[Any]], None], ...] = (
     demo.add_command,
     inspect.add_command,
     evaluation.add_commands,
+    training.add_command,
     bench.add_command,
 )
 """What ``--help`` lists, in this order. Each adds its subparser and sets ``run`` to what carries it out."""
@@ -38,6 +40,8 @@ examples:
                                            adversarial examples, with a record and pictures of them
   gradprune evaluate --model digits --data digits --attack fgsm pgd --eps 0 .05 .1 .2
                                            accuracy under attacks: records, a table, a plot, pictures
+  gradprune train --model digits --data digits --objective trades --eps 0.2
+                                           adversarial training: checkpoints, metrics, curves
   gradprune bench step --rounds 5          one step of PGD beside eager PyTorch and torch.compile
   gradprune COMMAND --help                 what a command does and what can be changed
 """

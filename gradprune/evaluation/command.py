@@ -227,8 +227,8 @@ def _prepared(arguments: argparse.Namespace) -> Iterator[Work]:
     with started() as ranks:
         device = choose_device(arguments.device, ranks.local)
         with stage("loading model and data") if ranks.is_first else nullcontext():
-            model = load_model(_model_options(arguments), arguments.seed)
-            samples = load_data(_data_options(arguments))
+            model = load_model(model_options(arguments), arguments.seed)
+            samples = load_data(data_options(arguments))
         determines = {
             **_versions(),
             "model": fingerprint(model),
@@ -268,7 +268,8 @@ def _attack_options(arguments: argparse.Namespace) -> AttackOptions:
     )
 
 
-def _model_options(arguments: argparse.Namespace) -> ModelOptions:
+def model_options(arguments: argparse.Namespace) -> ModelOptions:
+    """Which model was asked for."""
     return ModelOptions(
         name=arguments.model,
         checkpoint=arguments.checkpoint,
@@ -279,7 +280,8 @@ def _model_options(arguments: argparse.Namespace) -> ModelOptions:
     )
 
 
-def _data_options(arguments: argparse.Namespace) -> DataOptions:
+def data_options(arguments: argparse.Namespace) -> DataOptions:
+    """Which data were asked for."""
     return DataOptions(
         name=arguments.data,
         root=arguments.data_root,

@@ -28,12 +28,16 @@ def text(records: Sequence[Record]) -> str:
     """All tables, for a terminal."""
     parts = []
     for title, group in groups(records).items():
-        rows = _rows(group)
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
+        lines = aligned(_rows(group))
         rule = "-" * len(lines[0])
         parts.append("\n".join([title, rule, lines[0], rule, *lines[1:], rule]))
     return "\n\n".join(parts)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of one length as lines: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
 
 
 def document(records: Sequence[Record]) -> str:
