@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from ..errors import GradpruneError
@@ -81,7 +82,9 @@ def started() -> Iterator[Ranks]:
     ranks = Ranks(int(os.environ["RANK"]), size, int(os.environ.get("LOCAL_RANK", "0")))
     joins = not dist.is_initialized()
     if joins:
-        dist.init_process_group("gloo", timeout=PATIENCE)
+        # NCCL for the gradients of those that train; what this module sends goes from CPU to CPU.
+        on_gpu = torch.cuda.is_available() and dist.is_nccl_available()
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=PATIENCE)
     try:
         yield ranks
     finally:
