@@ -14,9 +14,8 @@ Everything here may be called without other processes, and then communicates not
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal, TypeGuard, TypeVar
 
 import torch
@@ -39,29 +38,6 @@ Parallel = Literal["auto", "none"]
 
 
 # --- Processes --------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def joined(device: str) -> Iterator[torch.device]:
-    """Join the processes that ``torchrun`` started, if it did.
-
-    Args:
-        device: ``"cuda"``: each process gets one of its own. ``"cpu"``.
-
-    Yields:
-        The device of this process.
-    """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
-        yield torch.device(device)
-        return
-    own = torch.device(device, int(os.environ["LOCAL_RANK"])) if device == "cuda" else torch.device(device)
-    if own.type == "cuda":
-        torch.cuda.set_device(own)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo")
-    try:
-        yield own
-    finally:
-        dist.destroy_process_group()
 
 
 def processes() -> int:
