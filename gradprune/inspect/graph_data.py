@@ -164,8 +164,8 @@ def _modules(step_graph: StepGraph, phases: dict[fx.Node, str]) -> list[tuple[st
     order = list(step_graph.graph.nodes)
     at = {node: index for index, node in enumerate(order)}
     stacks = {node: _stack(node) for node in order}
-    roots = {stack[0][0] for stack in stacks.values() if stack}
-    named = {node: _relative(stack, len(roots) > 1) for node, stack in stacks.items() if stack}
+    labels = _labels([stack[0] for stack in stacks.values() if stack])
+    named = {node: _relative(stack, labels) for node, stack in stacks.items() if stack}
     inside = [at[node] for node in named if phases[node] == "forward"]
     first, last = min(inside, default=len(order)), max(inside, default=-1)
 
@@ -270,9 +270,20 @@ def _type_name(kind: Any) -> str:
     return kind.__name__ if isinstance(kind, type) else str(kind).rpartition(".")[2]
 
 
-def _relative(stack: list[tuple[str, str]], with_root: bool) -> tuple[str, str]:
-    """Path within the model, and the module's type; the model's own name only where there are several."""
+def _labels(roots: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """What the paths in each of several models start with: its type, and a number if that is not enough."""
+    distinct = dict(roots)
+    if len(distinct) < 2:
+        return dict.fromkeys(distinct, "")
+    kinds = list(distinct.values())
+    return {
+        name: kind if kinds.count(kind) == 1 else f"{kind} {kinds[: index + 1].count(kind)}"
+        for index, (name, kind) in enumerate(distinct.items())
+    }
+
+
+def _relative(stack: list[tuple[str, str]], labels: dict[str, str]) -> tuple[str, str]:
+    """Path within the model, and the module's type."""
     root, (name, kind) = stack[0][0], stack[-1]
-    path = name[len(root) :].strip(".") if name.startswith(root) else name
-    label = root.rpartition(".")[2]
-    return ".".join(filter(None, [label if with_root else "", path.replace("._modules", "")])), kind
+    path = (name[len(root) :] if name.startswith(root) else name).replace("._modules", "").strip(".")
+    return ".".join(filter(None, [labels[root], path])), kind

@@ -729,7 +729,7 @@ function start(data) {
     const node = entry.after || entry.before, [, words] = STATUS[entry.status] || ["", ""];
     const reasons = entry.changes.map((change) => `<div class="reason ${change.kind}">${escaped(change.reason)}<small>${DID[change.kind]} by ${escaped(change.pass)}</small></div>`).join("");
     let state_ = words;
-    if (entry.status === "removed" && !reasons) state_ = "removed: nothing reads it after what the passes did around it";
+    if (entry.status === "removed" && !reasons) state_ = data.gone[entry.name] || "removed: nothing reads it after what the passes did around it";
     if (entry.status === "hoisted" && !reasons) state_ = "hoisted: what is computed once per attack is computed from it";
     return `<button type="button" class="close" aria-label="Close the details">\u00d7</button><h2>${escaped(entry.name)}</h2>` +
       `<p class="op">${escaped(node.op)}</p><p>${escaped([entry.path && !entry.path.startsWith("(") ? entry.path : entry.path.slice(1, -1) || "model", entry.type].filter(Boolean).join(" \u00b7 "))}</p>` +
@@ -741,8 +741,29 @@ function start(data) {
       both("saved", (n) => (n.savedFor.length ? "for " + n.savedFor.length + (n.savedFor.length === 1 ? " reader" : " readers") : "")) +
       both("step", (n, graph) => { const k = graph.calls.indexOf(n); return k < 0 ? "" : `${fixed(k + 1, 0)} of ${fixed(graph.calls.length, 0)}`; }) +
       both("alive", (n, graph) => { const k = graph.calls.indexOf(n); return k < 0 ? "" : bytes(graph.memory[k]); }) +
-      `</tbody></table>` + (entry.source ? `<h3>Source</h3><p class="source">${escaped(entry.source)}</p>` : "") +
+      `</tbody></table>` + need(entry) + (entry.source ? `<h3>Source</h3><p class="source">${escaped(entry.source)}</p>` : "") +
       links("Saved for", entry, "savedFor") + links("Reads what forward saved", entry, "reads") + links("Inputs", entry, "inputs") + links("Users", entry, "users");
+  }
+
+  // The shortest way from a node to what the step returns.
+  function need(entry) {
+    const when = entry.after ? "after" : "before", { nodes } = data[when], from = new Map([[entry[when].index, null]]);
+    const queue = [entry[when].index];
+    const returned = (index) => (nodes[index].role || "").startsWith("returned");
+    let end = queue.find(returned);
+    for (let k = 0; k < queue.length && end === undefined; k++)
+      for (const user of nodes[queue[k]].users)
+        if (!from.has(user) && nodes[user].phase !== "output") {
+          from.set(user, queue[k]);
+          queue.push(user);
+          if (returned(user)) { end = user; break; }
+        }
+    if (end === undefined || end === entry[when].index) return "";
+    const path = [];
+    for (let index = end; index !== entry[when].index; index = from.get(index)) path.unshift(index);
+    const link = (index) => `<a href="#${encodeURIComponent(nodes[index].name)}">${escaped(nodes[index].name)}</a>`;
+    const shown = path.length > 4 ? [link(path[0]), `${path.length - 2} more`, link(end)] : path.map(link);
+    return `<h3>${entry.after ? "Needed for" : "Was read for"}</h3><p class="path">${shown.join(" \u2192 ")}, ${escaped(nodes[end].role)}</p>`;
   }
 
   // Nodes at the other end of edges, those of both graphs in one list.

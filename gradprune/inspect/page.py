@@ -34,7 +34,7 @@ def write_page(path: Path, report: Report, before: dict[str, Any], after: dict[s
 
 def page(report: Report, before: dict[str, Any], after: dict[str, Any]) -> str:
     """The text of the page, see ``write_page``."""
-    title = TITLES[report.form]
+    title = ", ".join(filter(None, [report.function, TITLES[report.form]]))
     data = {
         "title": title,
         "report": {
@@ -48,6 +48,7 @@ def page(report: Report, before: dict[str, Any], after: dict[str, Any]) -> str:
             )
         },
         "fallback": report.fallback,
+        "gone": _gone(report, before, after),
         "passes": [
             {
                 "name": record.name,
@@ -76,6 +77,16 @@ def page(report: Report, before: dict[str, Any], after: dict[str, Any]) -> str:
         head, _, rest = rest.partition(f"@{name}@")
         text += head + part
     return text + rest
+
+
+def _gone(report: Report, before: dict[str, Any], after: dict[str, Any]) -> dict[str, str]:
+    """Why nodes are gone that no pass names itself."""
+    names = {node["name"] for node in before["nodes"]} - {node["name"] for node in after["nodes"]}
+    for record in report.passes:
+        for kind in KINDS:
+            names -= {change.node for change in getattr(record.result, kind)}
+    known = report.graphs["before"].nodes if "before" in report.graphs else {}
+    return {name: report.why(name).reason for name in sorted(names & known.keys())}
 
 
 def _in_script(data: Any) -> str:

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,15 @@ from typing import Any
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "chrome-headless-shell")
 PATIENCE = 60.0
 """Seconds until an answer of the browser is taken for lost; it takes milliseconds."""
+
+PIPES = """
+import fcntl, os, sys
+pipes = [fcntl.fcntl(int(pipe), fcntl.F_DUPFD, 10) for pipe in sys.argv[1:3]]
+for pipe, place in zip(pipes, (3, 4)):
+    os.dup2(pipe, place)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
+"""Starts the browser with its end of the pipes where it looks for them."""
 
 
 def find_browser() -> str | None:
@@ -42,7 +52,7 @@ class Browser:
             *("--disable-dev-shm-usage", "--hide-scrollbars", "about:blank"),
         ]
         self._process = subprocess.Popen(
-            ["sh", "-c", f'exec "$@" 3<&{to_browser} 4>&{from_browser}', "sh", program, *flags],
+            [sys.executable, "-S", "-c", PIPES, str(to_browser), str(from_browser), program, *flags],
             pass_fds=(to_browser, from_browser),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,

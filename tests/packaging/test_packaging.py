@@ -118,7 +118,8 @@ def test_wheel_has_every_module_and_nothing_else(built: Built):
         "gradprune/passes/rules/registry.py",
         "gradprune/bench/cases.py",
     } <= expected
-    assert {name for name in built.wheel if ".dist-info/" not in name} == {*expected, "gradprune/py.typed"}
+    data = {"gradprune/py.typed", *(f"gradprune/inspect/page.{kind}" for kind in ("css", "html", "js"))}
+    assert {name for name in built.wheel if ".dist-info/" not in name} == {*expected, *data}
 
 
 def test_wheel_has_its_license(built: Built):
