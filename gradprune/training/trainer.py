@@ -432,7 +432,7 @@ class AdversarialTrainer:
             "scaler": self.scaler.state_dict(),
             "averages": parallel.averages_state(self),
             "statistics": {} if self.statistics is None else self.statistics.adversarial,
-            "state": parallel.gather(self.state),
+            "state": parallel.gather({name: value.cpu() for name, value in self.state.items()}),
             "iterations": self.iterations,
             "updates": self.updates,
             "largest_batch": self.largest_batch,
