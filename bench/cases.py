@@ -107,14 +107,15 @@ def find_case(name: str) -> Case:
     Raises:
         OptionError: There is no such network.
     """
-    for case in (*CASES, TINY):
+    known = (*CASES, *MORE_CASES)
+    for case in known:
         if name in (case.name, case.network):
             return case
     stem, batch = re.fullmatch(r"(.*?)(?:-b([1-9]\d*))?", name).groups()  # type: ignore[union-attr]
-    for case in (*CASES, TINY):
+    for case in known:
         if stem == case.network:
             return dataclasses.replace(case, batch=int(batch))
-    raise OptionError(unknown("case", name, [case.name for case in CASES]))
+    raise OptionError(unknown("case", name, [case.name for case in known]))
 
 
 class MnistCnn(nn.Module):
@@ -181,6 +182,14 @@ def _timm(name: str, **options: Any) -> nn.Module:
     return timm.create_model(name, **options)
 
 
+def _small_resnet18() -> nn.Module:
+    """ResNet-18 as it is used on CIFAR-10 (He et al. 2016; [SB] Figure 2): a stem that keeps all 32 by 32 pixels."""
+    network = _timm("resnet18", num_classes=10)
+    network.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    network.maxpool = nn.Identity()
+    return network
+
+
 def _calibrate(model: nn.Module, images: Tensor) -> None:
     """Set the statistics of every batch norm to those of ``images``, and open the branches that start at zero."""
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
@@ -224,3 +233,9 @@ CASES = (
 
 TINY = Case("tiny", 1, (3, 8, 8), _tiny)
 """The case of ``bench overhead``."""
+
+SMALL_RESNET = Case("resnet18-32", 16, (3, 32, 32), _small_resnet18, requires="timm")
+"""A case of ``bench training``."""
+
+MORE_CASES = (TINY, SMALL_RESNET)
+"""What is not part of all cases, and can be named."""

@@ -35,7 +35,8 @@ Measure one step of PGD in the Linf ball, on random weights and random inputs, e
 All run in turn in one process. Each is first checked against float64 at two points and with x_adv = x; what fails is
 shown as failed and not timed. Everything is written as raw JSON with the environment, a Markdown table and a plot.
 
-"attacks" runs whole attacks instead, beside the same ones of Torchattacks where that is installed.
+"attacks" runs whole attacks instead, beside the same ones of Torchattacks where that is installed. "training" runs
+iterations of adversarial training: attack, forward and backward pass, update.
 """
 
 EPILOG = """\
@@ -47,6 +48,8 @@ examples:
   gradprune bench scaling --cases resnet50-112 --batches 1 8 64
   gradprune bench ablation --cases resnet18-112-b8            each pass off in turn
   gradprune bench attacks --cases mnist-cnn --attacks pgd-50  one whole attack, and the other two tables
+  gradprune bench training --threads 2                        adversarial training by attack steps; 25 minutes
+  gradprune bench training --cases mnist-cnn --attack-steps 7 one network, one number of steps
   gradprune bench table --output bench/results/cpu-1-thread   tables and plots again from the JSON there
 
 A run that was interrupted goes on where it stopped when it is started again: a case that is in the JSON with all
@@ -61,6 +64,7 @@ HELP = {
     "compile": "seconds until the first step has run, with empty and with filled caches, in processes of their own",
     "kernels": "the isolated-kernel limit: convolutions and linear layers alone, by every kernel at hand",
     "attacks": "whole attacks beside Torchattacks; what the runtime costs, and what the active set saves",
+    "training": "seconds per iteration of PGD adversarial training, by the number of attack steps",
     "table": "write tables and plots again from JSON files, without measuring",
 }
 
@@ -69,6 +73,7 @@ DEFAULT_CASES = {
     "scaling": ("resnet18-112-b8",),
     "ablation": ("resnet18-112-b8",),
     "attacks": ("mnist-cnn-b128", "resnet18-112-b8"),
+    "training": ("mnist-cnn-b128", "resnet18-32-b16"),
 }
 """Of the benchmarks that do not run on all cases by default."""
 
@@ -109,7 +114,7 @@ def _add_options(parser: argparse.ArgumentParser, kind: str) -> None:
         add("--batches", nargs="+", default=BATCHES, help="batches to compare (default: 1 2 4 ... 64)", **whole)
     elif kind != "overhead":
         add("--batch", help="batch of all cases (default: that in their names)", **whole)
-    if kind not in ("ablation", "kernels", "attacks"):
+    if kind not in ("ablation", "kernels", "attacks", "training"):
         add("--candidates", nargs="+", metavar="NAME", help="as listed by bench --help (default: all that fit)")
     if kind in TIMED:
         add("--steps", default=10, help="steps of an attack (default: 10)", **whole)
@@ -121,6 +126,18 @@ def _add_options(parser: argparse.ArgumentParser, kind: str) -> None:
         parts = "beside Torchattacks, beside the bare step, with samples leaving (default: all three)"
         add("--parts", nargs="+", choices=PARTS, default=PARTS, help=parts)
         add("--seconds", default=60, help="timing per attack, but at least 3 rounds (default: 60)", **whole)
+    if kind == "training":
+        from .record import ATTACK_STEPS
+
+        shown = " ".join(map(str, ATTACK_STEPS))
+        add(
+            "--attack-steps",
+            nargs="+",
+            default=ATTACK_STEPS,
+            help=f"numbers of attack steps (default: {shown})",
+            **whole,
+        )
+        add("--seconds", default=120, help="timing per number of steps, but at least 3 rounds (default: 120)", **whole)
     if kind != "compile":
         add("--rounds", default=9, help="measurements of each, at most (default: 9)", **whole)
     if kind == "step":
@@ -154,6 +171,7 @@ def run(arguments: argparse.Namespace) -> int:
     from .baselines import ablations, choose
     from .measure import Budget, configured
     from .record import Results
+    from .training import measure_training
 
     # Whatever can be known to fail is found out here, not after minutes of measuring.
     kinds = ["kernels", "step"] if getattr(arguments, "limit", False) else [arguments.kind]
@@ -179,7 +197,9 @@ def run(arguments: argparse.Namespace) -> int:
             if not arguments.fresh:
                 files[-1].resume()
         for results in files:
-            if results.kind == "attacks":
+            if results.kind == "training":
+                measure_training(results, cases, arguments.attack_steps, budget)
+            elif results.kind == "attacks":
                 measure_attacks(results, cases, methods, parts, budget)
             else:
                 _measure(results, cases, baselines, budget)
@@ -255,6 +275,8 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         raise OptionError("--device cuda: torch finds no CUDA device; leave --device out or pass --device cpu")
     if arguments.tf32 and device != "cuda":
         raise OptionError("--tf32 is about CUDA: leave it out on a CPU")
+    if arguments.kind == "training" and arguments.autocast == "fp16":
+        raise OptionError("bench training --autocast fp16: the first updates would only fit the scale; pass bf16")
     return Settings(
         device,
         arguments.threads or torch.get_num_threads(),

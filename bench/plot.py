@@ -12,6 +12,7 @@ from .cases import find_case
 from .record import (
     ACTIVE_SET,
     EAGER_BACKWARD,
+    EAGER_TRAINING,
     FROZEN,
     FULL_BATCH,
     GRADPRUNE,
@@ -21,6 +22,7 @@ from .record import (
     UNCOMPILED,
     Comparison,
     Contest,
+    Iteration,
     Ratio,
     Record,
     Results,
@@ -67,6 +69,8 @@ def save(path: Path, results: Results) -> None:
     """
     if results.kind == "scaling":
         figure = _lines(results)
+    elif results.kind == "training":
+        figure = _by_steps(results)
     else:
         panels = {case: _bars_of(results, case) for case in results.cases}
         figure = _bars({case: bars for case, bars in panels.items() if bars}, results.kind)
@@ -177,4 +181,39 @@ def _lines(results: Results) -> Any:
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(fontsize=8)
+    return figure
+
+
+def _by_steps(results: Results) -> Any:
+    """Seconds per iteration and how many times as fast as eager it is, over the steps: a row for each network."""
+    cases = {case: Iteration.all(results.records, case) for case in results.cases}
+    figure = _figure(12, 4.2 * len(cases))
+    rows = figure.subplots(len(cases), 2, squeeze=False)
+    for (times, ratios), (case, iterations) in zip(rows, cases.items(), strict=True):
+        for name in dict.fromkeys(name for one in iterations for name in one.measured):
+            own = [one for one in iterations if name in one.measured]
+            style: dict[str, Any] = {"color": OURS, "linewidth": 2.2} if name == GRADPRUNE else {}
+            style.update({"linestyle": ":"} if name == EAGER_TRAINING else {})
+            seconds = [one.measured[name].median for one in own]
+            (line,) = times.plot([one.steps for one in own], seconds, marker="o", markersize=3.5, label=name, **style)
+            known = [(one.steps, ratio) for one in own if (ratio := one.ratio(name, EAGER_TRAINING))]
+            if name == EAGER_TRAINING or not known:
+                continue
+            at, style["color"] = [steps for steps, _ in known], line.get_color()
+            ratios.plot(at, [ratio.median for _, ratio in known], marker="o", markersize=3.5, label=name, **style)
+            low, high = [ratio.low for _, ratio in known], [ratio.high for _, ratio in known]
+            ratios.fill_between(at, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+        steps = [one.steps for one in iterations]
+        predicted = [one.predicted_ratio for one in iterations]
+        ratios.plot(steps, predicted, color="black", linewidth=0.9, linestyle="--", label="FLOPs say: (6K+6)/(4K+6)")
+        times.set_ylabel("seconds per iteration", fontsize=9)
+        ratios.set_ylabel(f"times as fast as {EAGER_TRAINING}", fontsize=9)
+        for axis in (times, ratios):
+            axis.set_title(case, fontsize=10, loc="left")
+            axis.set_xticks(steps, [str(count) for count in steps])
+            axis.set_ylim(bottom=0)
+            axis.set_xlabel("steps of the attack, K", fontsize=9)
+            axis.grid(alpha=0.25)
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.legend(fontsize=8)
     return figure

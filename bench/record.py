@@ -43,6 +43,17 @@ RIVALS = (TORCHATTACKS, TORCHATTACKS_FROZEN, TORCHATTACKS_COMPILED, UNCOMPILED)
 PARTS = ("attacks", "overhead", "active-set")
 """Of ``bench attacks``."""
 
+EAGER_TRAINING = "eager, live parameters"
+FROZEN_TRAINING = "eager, frozen in the attack"
+COMPILED_TRAINING = "frozen + compile(model)"
+COMPILED_GRADIENT = "frozen + compile(gradient)"
+
+ATTACK_STEPS = (1, 3, 7, 10, 20)
+"""Of the iterations that ``bench training`` compares by default."""
+
+RIVAL_TRAININGS = (FROZEN_TRAINING, COMPILED_TRAINING, COMPILED_GRADIENT)
+"""What a user could write today; the fastest of these is "the best alternative"."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -222,12 +233,54 @@ class Attacked(Timed):
         return statistics.median(self.outside) if self.outside else None
 
 
-AnyRecord: TypeAlias = "Record | Kernels | Attacked"
+@dataclass(frozen=True)
+class Trained(Timed):
+    """What was measured of an iteration of adversarial training, written in one way; ``None`` is what was not.
 
-KINDS: dict[str, type[Record] | type[Kernels] | type[Attacked]] = {
+    Attributes:
+        case: Name of the case.
+        steps: Steps of the attack in an iteration, K.
+        candidate: Name of the way.
+        failed: Why there are no figures; ``None`` if there are.
+        seconds: For every round, the seconds of one iteration: attack, outer step, update. Round ``i`` of all
+            candidates ran in turn, on the same batch.
+        compile_seconds: What its first iteration took longer than its second, with empty disk caches; compiled code is
+            shared by all numbers of steps.
+        recompilations: Graphs that were compiled after the first iteration of all.
+        loss_error: Relative error of the outer loss of an iteration from the initial weights, against float64.
+        update_error: The same of the change of the weights, in the Euclidean norm.
+        eager_loss_error: ``loss_error`` of eager with the same settings.
+        eager_update_error: ``update_error`` of the same.
+        loss_tolerance: Largest allowed ``loss_error``.
+        update_tolerance: Largest allowed ``update_error``.
+        peak_bytes: Most bytes an iteration holds at once beyond what was held before it.
+        load: Load average of the machine when the rounds were begun.
+    """
+
+    case: str
+    steps: int
+    candidate: str
+    failed: str | None = None
+    seconds: list[float] = field(default_factory=list)
+    compile_seconds: float | None = None
+    recompilations: int | None = None
+    loss_error: float | None = None
+    update_error: float | None = None
+    eager_loss_error: float | None = None
+    eager_update_error: float | None = None
+    loss_tolerance: float | None = None
+    update_tolerance: float | None = None
+    peak_bytes: int | None = None
+    load: float | None = None
+
+
+AnyRecord: TypeAlias = "Record | Kernels | Attacked | Trained"
+
+KINDS: dict[str, type[Record] | type[Kernels] | type[Attacked] | type[Trained]] = {
     **dict.fromkeys(("step", "scaling", "ablation", "overhead", "compile"), Record),
     "kernels": Kernels,
     "attacks": Attacked,
+    "training": Trained,
 }
 """By kind of run, and so by name of its file, what that holds."""
 
@@ -367,6 +420,58 @@ class Contest:
         }
 
 
+class Iteration:
+    """The records of one iteration of adversarial training on one case, in all the ways it was written.
+
+    Args:
+        records: All records of a file.
+        case: Name of the case.
+        steps: Steps of its attack.
+    """
+
+    def __init__(self, records: Sequence[AnyRecord], case: str, steps: int) -> None:
+        self.case, self.steps = case, steps
+        self.records = [
+            record for record in records if isinstance(record, Trained) and (record.case, record.steps) == (case, steps)
+        ]
+        self.measured = {record.candidate: record for record in self.records if record.seconds}
+
+    @staticmethod
+    def all(records: Sequence[AnyRecord], case: str) -> list[Iteration]:
+        """Those of one case, by their steps."""
+        found = {record.steps for record in records if isinstance(record, Trained) and record.case == case}
+        return [Iteration(records, case, steps) for steps in sorted(found)]
+
+    @property
+    def predicted_ratio(self) -> float:
+        """How many times as fast as eager an iteration is without weight gradients in its attack, by FLOPs ([SB])."""
+        return (6 * self.steps + 6) / (4 * self.steps + 6)
+
+    @property
+    def best_alternative(self) -> str | None:
+        """The fastest alternative by the medians."""
+        candidates = [name for name in RIVAL_TRAININGS if name in self.measured]
+        return min(candidates, key=lambda name: self.measured[name].median, default=None)
+
+    def ratio(self, candidate: str, baseline: str | None) -> Ratio | None:
+        """How many times as fast as ``baseline`` a candidate is, ``None`` if one of them was not timed."""
+        return _ratio(self.measured, candidate, baseline)
+
+    def derived(self, candidate: str) -> dict[str, Any]:
+        """All that follows from the figures, for the readers of a JSON file."""
+        if candidate not in self.measured:
+            return {}
+        record = self.measured[candidate]
+        ratios = {name: self.ratio(candidate, name) for name in self.measured}
+        return {
+            "median_seconds": record.median,
+            "iqr_seconds": record.iqr,
+            "ratios": {name: asdict(ratio) for name, ratio in ratios.items() if ratio},
+            "best_alternative": self.best_alternative,
+            "predicted_ratio": self.predicted_ratio,
+        }
+
+
 def limit(records: Sequence[AnyRecord], case: str) -> float | None:
     """Seconds that the layers of ``case`` take by themselves, each the fastest way; ``None`` if not measured."""
     return sum(record.best[0] for record in records if isinstance(record, Kernels) and record.case == case) or None
@@ -454,4 +559,6 @@ class Results:
     def _derived(self, one: AnyRecord) -> dict[str, Any]:
         if isinstance(one, Attacked):
             return Contest(self.records, one.part, one.case, one.attack).derived(one.candidate)
+        if isinstance(one, Trained):
+            return Iteration(self.records, one.case, one.steps).derived(one.candidate)
         return Comparison(self.records, one.case).derived(one.candidate)

@@ -10,19 +10,23 @@ from .record import (
     BARE_STEP,
     BASELINES,
     EAGER_BACKWARD,
+    EAGER_TRAINING,
     FROZEN,
     FULL_BATCH,
     GRADPRUNE,
     NOTHING_DROPPED,
+    RIVAL_TRAININGS,
     RIVALS,
     AnyRecord,
     Attacked,
     Comparison,
     Contest,
+    Iteration,
     Kernels,
     Ratio,
     Record,
     Results,
+    Trained,
     limit,
 )
 
@@ -84,6 +88,26 @@ LEGENDS = {
   AutoAttack drops between its parts, and between the classes that they aim at, what is fooled in any case. "nothing
   dropped": all samples in every part and against every class; Square alone ends where it succeeds, as its algorithm has
   it. other verdicts: samples that are fooled and are not with active_set=False, or the other way round.""",
+    "training": """\
+- s: median over the rounds of one iteration: PGD of so many steps from the input itself with the model in evaluation
+  mode, forward and backward pass over what it found in training mode, update by SGD with momentum. IQR: its
+  interquartile range.
+- eager, live parameters: the attack by loss.backward(), which computes all weight gradients too. frozen: parameters
+  require no gradient during the attack, as [SB] proposes; + compile(model): torch.compile(model) in the attack,
+  + compile(gradient): torch.compile(torch.func.grad(loss)), both with a compiled loss in the outer step. gradprune:
+  AdversarialTrainer(model, optimizer, PGDTraining(attack=PGD(...))).step(x, y).
+- vs: how many times as fast as that way, median of the ratios within each round; below 1 is slower. In brackets the
+  quartiles of these ratios. best alternative: the fastest of those with frozen parameters.
+- FLOPs say: (6K + 6) / (4K + 6), the ratio to live parameters if only FLOPs counted and K steps computed no weight
+  gradients ([SB]).
+- compile s: what the first iteration took longer than the second, with empty disk caches and a compiler that is already
+  started; the compiled code serves all numbers of steps. recompiled: graphs that were compiled after it.
+- peak MB: most that an iteration holds beyond what was held before it, where no weight has a gradient.
+- loss error, update error: of an iteration from the initial weights, loss and change of the weights against float64,
+  relative, in the Euclidean norm; eager's own is that of eager autograd. Signs of gradients next to zero, and ReLUs
+  that round to the other side, add up over the steps of an attack.
+- Every way was checked so for every number of steps; one that fails is not timed. Batches are random, with random
+  labels, another one at every iteration and the same for all.""",
 }
 
 
@@ -100,6 +124,8 @@ def document(results: Results, limits: Sequence[AnyRecord] = ()) -> str:
     here, body = results.environment, []
     if results.kind == "attacks":
         body += _attacks(results)
+    elif results.kind == "training":
+        body += _training(results)
     elif results.kind == "compile":
         found = [record for record in results.records if isinstance(record, Record)]
         head = ["case", "candidate", "cold s", "warm s"]
@@ -109,7 +135,7 @@ def document(results: Results, limits: Sequence[AnyRecord] = ()) -> str:
         body += _failures(found)
     elif results.kind not in ("kernels", "ablation"):
         body.append(_summary(results, limits))
-    for case in results.cases if results.kind not in ("compile", "attacks") else ():
+    for case in results.cases if results.kind not in ("compile", "attacks", "training") else ():
         one = Comparison(results.records, case)
         body.append(f"## {case}")
         if results.kind == "kernels":
@@ -123,8 +149,8 @@ def document(results: Results, limits: Sequence[AnyRecord] = ()) -> str:
     parts = [
         f"# gradprune bench {results.kind}",
         f"{here.get('gpu', here['cpu'])}, **{results.settings}**, BLAS **{here['blas']}**, oneDNN {here['onednn']}, "
-        f"torch {here['torch']}. Random weights and random inputs, always the same; labels are the network's own clean "
-        "predictions.",
+        f"torch {here['torch']}. Random weights and random inputs, always the same; labels are "
+        + ("random, too." if results.kind == "training" else "the network's own clean predictions."),
         *body,
         LEGENDS.get(results.kind, STEP_LEGEND),
         "## Environment",
@@ -244,12 +270,14 @@ def _about(one: Comparison, case: Case, steps: int) -> str:
     """What was attacked and how."""
     records = one.measured.values()
     rounds, load = max((len(r.seconds) for r in records), default=0), max((r.load or 0 for r in records), default=0)
+    return f"{_attacked(case, f'{steps} steps of ')}; {rounds} rounds; load average {load:.1f} at the start."
+
+
+def _attacked(case: Case, steps: str = "") -> str:
+    """The batch and its attack."""
     shape = "x".join(map(str, case.shape))
     eps, step = (_eps(size, case.eps) for size in (case.eps, case.step_size))
-    return (
-        f"Batch {case.batch} of {shape}; {steps} steps of PGD in the Linf ball, eps {eps}, step size {step}; {rounds} "
-        f"rounds; load average {load:.1f} at the start."
-    )
+    return f"Batch {case.batch} of {shape}; {steps}PGD in the Linf ball, eps {eps}, step size {step}"
 
 
 def kernel_classes(records: Sequence[AnyRecord], case: str) -> dict[tuple[str, str], list[Kernels]]:
@@ -379,4 +407,57 @@ ACTIVE: dict[str, Cell] = {
     "robust accuracy": lambda contest, record: _share(None if record.success_rate is None else 1 - record.success_rate),
     "other verdicts": lambda contest, record: "-" if record.other_verdicts is None else str(record.other_verdicts),
     **{name: ATTACKS[name] for name in ("compile s", "compilations")},
+}
+
+
+def _training(results: Results) -> list[str]:
+    """All sections about iterations of training."""
+    summary, body = [], []
+    for case in results.cases:
+        iterations = Iteration.all(results.records, case)
+        for one in iterations:
+            ours, best = one.measured.get(GRADPRUNE), one.best_alternative
+            row = [f"{case}, {one.steps} step{'s' * (one.steps > 1)}", _figure(ours.median) if ours else "-"]
+            row += [ratio_text(one.predicted_ratio), ratio_text(one.ratio(GRADPRUNE, EAGER_TRAINING), spread=True)]
+            row += [f"{_figure(one.measured[best].median)} {best}" if best else "-"]
+            summary.append([*row, ratio_text(one.ratio(GRADPRUNE, best), spread=True)])
+        records = [record for one in iterations for record in one.records]
+        rounds, load = max(len(r.seconds) for r in records), max(r.load or 0 for r in records)
+        about = f"{_attacked(find_case(case))}; up to {rounds} rounds; load average up to {load:.1f} at their start."
+        body += [f"## {case}", about]
+        body += list(dict.fromkeys(f"**{r.candidate} failed:** {r.failed}" for r in records if r.failed))
+        rows = [[column(one, r) for column in TRAINING.values()] for one in iterations for r in one.measured.values()]
+        body.append(grid([*TRAINING], rows))
+    head = [
+        "iteration",
+        "gradprune s",
+        "FLOPs say",
+        f"vs {EAGER_TRAINING}",
+        "best alternative s",
+        "vs best alternative",
+    ]
+    return ["## Summary\n\n" + grid(head, summary), *body]
+
+
+def _versus(baseline: str) -> Callable[[Iteration, Trained], str]:
+    return lambda one, record: ratio_text(one.ratio(record.candidate, baseline))
+
+
+def _error(own: float | None) -> str:
+    return "-" if own is None else f"{own:.0e}"
+
+
+TRAINING: dict[str, Callable[[Iteration, Trained], str]] = {
+    "steps, way": lambda one, record: f"{record.steps}, {record.candidate}",
+    "s": lambda one, record: _figure(record.median),
+    "IQR": lambda one, record: _figure(record.iqr),
+    **{f"vs {name}": _versus(name) for name in (EAGER_TRAINING, *RIVAL_TRAININGS)},
+    "FLOPs say": lambda one, record: "-" if record.candidate == EAGER_TRAINING else ratio_text(one.predicted_ratio),
+    "compile s": lambda one, record: _figure(record.compile_seconds),
+    "recompiled": lambda one, record: "-" if record.recompilations is None else str(record.recompilations),
+    "peak MB": lambda one, record: _figure(record.peak_bytes, 1e6),
+    "loss error": lambda one, record: _error(record.loss_error),
+    "eager's own loss": lambda one, record: _error(record.eager_loss_error),
+    "update error": lambda one, record: _error(record.update_error),
+    "eager's own update": lambda one, record: _error(record.eager_update_error),
 }

@@ -1,0 +1,426 @@
+"""Adversarial training: seconds of an iteration, written in all ways, by the number of steps of its attack.
+
+An iteration is an attack of K steps, a forward and backward pass over what it found, and an update ([SB], Figure 2).
+Everybody attacks from the input itself, so that all compute the same, with the model in evaluation mode, and learns in
+training mode with the same optimizer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import itertools
+import sys
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch.nn import functional as F
+from torch.optim import SGD, Optimizer
+
+from gradprune.attacks import PGD
+from gradprune.demo.attack import Step, attack
+from gradprune.demo.candidates import start_compiler
+from gradprune.demo.progress import counter, stage
+from gradprune.training import AdversarialTrainer, PGDTraining
+
+from .baselines import DTYPES, Contender, move, pgd_step
+from .cases import SEED, Case, Workload
+from .measure import Budget, CheckFailed, load_average, peak_bytes, reason, synchronize, time_rounds
+from .record import (
+    COMPILED_GRADIENT,
+    COMPILED_TRAINING,
+    EAGER_TRAINING,
+    FROZEN_TRAINING,
+    GRADPRUNE,
+    Results,
+    Settings,
+    Trained,
+)
+
+LEARNING_RATE, MOMENTUM = 0.01, 0.9
+
+BATCHES, FIRST_SEED = 8, 100
+"""How many batches are trained on in turn, and the seed of the first."""
+
+TOLERANCES = 1e-3, 0.05
+"""Allowed errors of loss and update; or four times those of eager, where these are larger, but never more than half of
+what the attack changes. Rounding tips ReLUs and signs, and each step of an attack builds on the one before it."""
+
+Iterate = Callable[[Tensor, Tensor, int], Tensor]
+"""From clean inputs ``(N, ...)``, labels ``(N,)`` and the number of steps to the outer loss, a scalar, detached."""
+
+
+# --- Ways to write an iteration ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """A model that is trained in one way.
+
+    Attributes:
+        name: The way, for tables.
+        model: Its model, a copy of its own.
+        optimizer: Updates the model.
+        iterate: One iteration. No gradients are left behind.
+        compiled: Whether its first iteration compiles.
+    """
+
+    name: str
+    model: nn.Module
+    optimizer: Optimizer
+    iterate: Iterate
+    compiled: bool = False
+
+    def restore(self, work: Workload) -> None:
+        """Begin anew from the weights of ``work``."""
+        self.model.load_state_dict(work.model.state_dict())
+        self.optimizer.state.clear()
+
+
+Build = Callable[[Workload, Settings], Trainee]
+
+
+def optimizer_of(model: nn.Module) -> Optimizer:
+    """What everybody updates weights with."""
+    return SGD(model.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM, foreach=True)
+
+
+def loss_of(model: nn.Module, autocast: torch.dtype | None) -> Callable[[Tensor, Tensor], Tensor]:
+    """``(x, y) -> mean cross entropy``, with the model run in ``autocast``."""
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, autocast, enabled=autocast is not None):
+            logits = model(x)
+        return F.cross_entropy(logits.float() if autocast else logits, y)
+
+    return loss
+
+
+def moving(case: Case, gradient: Callable[[Tensor, Tensor], Tensor]) -> Step:
+    """A step of PGD, see ``baselines.pgd_step``, by a function from inputs and labels to the gradient."""
+
+    def step(x_adv: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        direction = gradient(x_adv, y)
+        return move(case, x_adv, x, direction), direction
+
+    return step
+
+
+def by_hand(name: str, *, frozen: bool = True, compiled: Literal["model", "gradient"] | None = None) -> Build:
+    """An iteration as a user writes it.
+
+    Args:
+        name: Its name in tables.
+        frozen: Whether parameters require no gradient during the attack, as [SB] has it; otherwise the gradient of the
+            input is taken by ``loss.backward()``, together with those of all parameters.
+        compiled: What of the attack is compiled, besides the outer loss: the model, ``torch.compile(model)``, or the
+            gradient as a whole, ``torch.compile(torch.func.grad(loss))``. Which is faster depends on the network.
+    """
+
+    def build(work: Workload, settings: Settings) -> Trainee:
+        model = copy.deepcopy(work.model).requires_grad_(True)
+        optimizer, dtype, case = optimizer_of(model), DTYPES[settings.autocast], work.case
+        loss = learned = loss_of(model, dtype)
+        if compiled:
+            learned = torch.compile(loss, fullgraph=True, dynamic=False)
+        if compiled == "gradient":
+            gradient = torch.compile(torch.func.grad(loss), fullgraph=True, dynamic=False)
+            step = moving(case, gradient)
+        else:
+            attacked = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
+            step = pgd_step(attacked, case, dtype, backward=not frozen)
+
+        def iterate(x: Tensor, y: Tensor, steps: int) -> Tensor:
+            model.eval()
+            if frozen:
+                model.requires_grad_(False)
+            x_adv = attack(step, x, y, steps)
+            if frozen:
+                model.requires_grad_(True)
+            else:
+                optimizer.zero_grad()  # what the attack has left there
+            model.train()
+            value = learned(x_adv, y)
+            value.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            return value.detach()
+
+        return Trainee(name, model, optimizer, iterate, compiled)
+
+    return build
+
+
+def trained_by_us(work: Workload, settings: Settings) -> Trainee:
+    """An iteration of ``AdversarialTrainer``."""
+    model = copy.deepcopy(work.model).requires_grad_(True).train()
+    optimizer, case = optimizer_of(model), work.case
+    pgd = PGD(random_start=False, steps=1, eps=case.eps, step_size=case.step_size, bounds=case.bounds, seed=SEED)
+    trainer = AdversarialTrainer(model, optimizer, PGDTraining(attack=pgd), autocast=DTYPES[settings.autocast])
+
+    def iterate(x: Tensor, y: Tensor, steps: int) -> Tensor:
+        # One trainer for all numbers of steps, as another one would compile the outer step again.
+        trainer.objective = PGDTraining(attack=replace(pgd, steps=steps))
+        return trainer.step(x, y).loss
+
+    return Trainee(GRADPRUNE, model, optimizer, iterate, compiled=True)
+
+
+WAYS: dict[str, Build] = {
+    EAGER_TRAINING: by_hand(EAGER_TRAINING, frozen=False),
+    FROZEN_TRAINING: by_hand(FROZEN_TRAINING),
+    COMPILED_TRAINING: by_hand(COMPILED_TRAINING, compiled="model"),
+    COMPILED_GRADIENT: by_hand(COMPILED_GRADIENT, compiled="gradient"),
+    GRADPRUNE: trained_by_us,
+}
+"""By their names, in the order of the tables."""
+
+
+# --- What everybody has to compute ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an iteration did.
+
+    Attributes:
+        loss: Its outer loss.
+        update: Change of all parameters, in one piece, float64.
+    """
+
+    loss: float
+    update: Tensor
+
+    @staticmethod
+    def of(model: nn.Module, iterate: Callable[[], Tensor]) -> Outcome:
+        """Run an iteration of ``model`` and see."""
+        before = _flat(model)
+        return Outcome(float(iterate()), _flat(model) - before)
+
+    def errors(self, exact: Outcome) -> tuple[float, float]:
+        """Relative differences of loss and of update, the latter in the Euclidean norm."""
+        loss = abs(self.loss - exact.loss) / abs(exact.loss)
+        return loss, float((self.update - exact.update).norm() / exact.update.norm())
+
+
+def _flat(model: nn.Module) -> Tensor:
+    return torch.cat([parameter.detach().double().flatten() for parameter in model.parameters()])
+
+
+def outcomes(
+    model: nn.Module, case: Case, x: Tensor, y: Tensor, steps: Collection[int], autocast: torch.dtype | None
+) -> dict[int, Outcome]:
+    """Outcome of an eager iteration for each number of steps; one attack passes through what all of them find."""
+    step = pgd_step(copy.deepcopy(model).eval().requires_grad_(False), case, autocast)
+    found, x_adv = {}, x.clone()
+    for taken in range(max(steps) + 1):
+        if taken in steps:
+            learner = copy.deepcopy(model).train().requires_grad_(True)
+            found[taken] = Outcome.of(learner, partial(_learn, learner, x_adv, y, autocast))
+        x_adv, _ = step(x_adv, x, y)
+    return found
+
+
+def _learn(model: nn.Module, x: Tensor, y: Tensor, autocast: torch.dtype | None) -> Tensor:
+    loss = loss_of(model, autocast)(x, y)
+    loss.backward()
+    optimizer_of(model).step()
+    return loss.detach()
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What iterations from the initial weights have to agree with.
+
+    Attributes:
+        exact: Outcomes in float64 by number of steps, and that without an attack.
+        eager: Those of eager with the same settings.
+    """
+
+    exact: dict[int, Outcome]
+    eager: dict[int, Outcome]
+
+    @staticmethod
+    def of(work: Workload, x: Tensor, y: Tensor, steps: Collection[int], settings: Settings) -> Reference:
+        """Compute it with eager autograd."""
+        counts = {0, *steps}
+        exact = outcomes(copy.deepcopy(work.model).double(), work.case, x.double(), y, counts, None)
+        return Reference(exact, outcomes(work.model, work.case, x, y, counts, DTYPES[settings.autocast]))
+
+    def eager_errors(self, steps: int) -> tuple[float, float]:
+        """Errors of eager, of loss and update."""
+        return self.eager[steps].errors(self.exact[steps])
+
+    def tolerances(self, steps: int) -> tuple[float, float]:
+        """Largest allowed errors of loss and update."""
+        effects = self.exact[0].errors(self.exact[steps])
+        each = zip(TOLERANCES, self.eager_errors(steps), effects, strict=True)
+        loss, update = (min(max(floor, 4 * own), effect / 2) for floor, own, effect in each)
+        return loss, update
+
+    def check(self, outcome: Outcome, steps: int) -> tuple[float, float]:
+        """Errors of an outcome, of loss and update.
+
+        Raises:
+            CheckFailed: They are too large.
+        """
+        errors = outcome.errors(self.exact[steps])
+        for name, error, allowed in zip(("loss", "update"), errors, self.tolerances(steps), strict=True):
+            if not error <= allowed:
+                raise CheckFailed(f"{name} off by {error:.2%} with {steps} steps, allowed are {allowed:.2%}")
+        return errors
+
+
+# --- Measuring --------------------------------------------------------------------------------------------------------
+
+
+class Recompilations:
+    """Counts graphs that Dynamo compiles while one of several trainees iterates."""
+
+    def __init__(self) -> None:
+        self.graphs: dict[str, int] = {}
+
+    def count(self, trainee: Trainee, x: Tensor, y: Tensor, steps: int) -> Tensor:
+        """Run an iteration and count."""
+        before = counters["stats"]["unique_graphs"]
+        loss = trainee.iterate(x, y, steps)
+        self.graphs[trainee.name] = self.graphs.get(trainee.name, 0) + counters["stats"]["unique_graphs"] - before
+        return loss
+
+
+def measure_training(results: Results, cases: Sequence[Case], steps: Sequence[int], budget: Budget) -> None:
+    """Measure what ``results`` lack, and save after every number of steps.
+
+    Args:
+        results: The file.
+        cases: The networks.
+        steps: Numbers of steps.
+        budget: How long to time each number of steps.
+    """
+    done = {(one.case, one.steps) for one in results.records if isinstance(one, Trained)}
+    for case in cases:
+        missing = [count for count in sorted({*steps}) if (case.name, count) not in done]
+        if missing:
+            measure_case(results, case, missing, budget)
+        else:
+            print(f"{case.name}: already in {results.path}", file=sys.stderr)
+
+
+def measure_case(results: Results, case: Case, steps: Sequence[int], budget: Budget) -> None:
+    """Let everybody iterate once, check what comes of it, then time in turn those that passed.
+
+    Args:
+        results: The file that records go to.
+        case: The network.
+        steps: Numbers of steps.
+        budget: How long to time each.
+    """
+    # What candidates share with those of other cases counts towards Dynamo's limits.
+    torch.compiler.reset()
+    settings = results.settings
+    with stage(f"{case.name}: building, float64 iterations"):
+        work = case.prepare(settings.device, channels_last=settings.channels_last)
+        batches = draw_batches(work)
+        reference = Reference.of(work, *batches[0], steps, settings)
+    start_compiler()
+    recompilations = Recompilations()
+    trainees: dict[str, Trainee] = {}
+    known: dict[str, Trained] = {}
+    for name, build in WAYS.items():
+        blank = Trained(case.name, 0, name)
+        with stage(f"{case.name}: first iteration, {name}"):
+            try:
+                trainees[name], known[name] = _enter(blank, build, work, batches[1], steps[0], settings)
+            except Exception as error:  # whatever a compiler may raise: the others are measured
+                known[name] = _failed(blank, error)
+    for count in steps:
+        load, records, passed = load_average(), {}, []
+        for name, blank in known.items():
+            records[name] = record = replace(blank, steps=count, load=load)
+            if name not in trainees:
+                continue
+            with stage(f"{case.name}, {count} steps: checking {name}"):
+                try:
+                    trainees[name].restore(work)
+                    iterate = partial(recompilations.count, trainees[name], *batches[0], count)
+                    errors = reference.check(Outcome.of(trainees[name].model, iterate), count)
+                except Exception as error:
+                    records[name] = _failed(record, error)
+                    continue
+            records[name] = replace(
+                record,
+                **dict(zip(("loss_error", "update_error"), errors, strict=True)),
+                **dict(zip(("eager_loss_error", "eager_update_error"), reference.eager_errors(count), strict=True)),
+                **dict(zip(("loss_tolerance", "update_tolerance"), reference.tolerances(count), strict=True)),
+            )
+            passed.append(_contender(trainees[name], batches, count, recompilations))
+        with counter(f"{case.name}, {count} steps: timing", budget.rounds * len(passed)) as bar:
+            seconds = time_rounds(passed, work, 1, budget, bar.update)
+        for contender in passed:
+            with stage(f"{case.name}, {count} steps: memory of {contender.name}"):
+                records[contender.name] = replace(
+                    records[contender.name],
+                    seconds=seconds[contender.name],
+                    peak_bytes=peak_bytes(contender.step, work.x, work.y),
+                    recompilations=recompilations.graphs[contender.name],
+                )
+        results.add(list(records.values()))
+
+
+def draw_batches(work: Workload) -> list[tuple[Tensor, Tensor]]:
+    """Batches of random inputs and random labels, which a network cannot learn in the time, always the same.
+
+    What is learned would have a gradient of zero, and small numbers may take another time.
+    """
+    with torch.no_grad():
+        classes = work.model(work.x).shape[1]
+    drawn = []
+    for seed in range(FIRST_SEED, FIRST_SEED + BATCHES):
+        y = torch.randint(classes, (work.case.batch,), generator=torch.Generator().manual_seed(seed))
+        drawn.append((torch.empty_like(work.x).copy_(work.case.inputs(seed)), y.to(work.y)))
+    return drawn
+
+
+def _enter(
+    blank: Trained, build: Build, work: Workload, batch: tuple[Tensor, Tensor], steps: int, settings: Settings
+) -> tuple[Trainee, Trained]:
+    """Build a trainee and let it iterate twice; with a record of what is known of it then."""
+    from torch._inductor.utils import fresh_cache
+
+    trainee = build(work, settings)
+    # As in ``measure.measure_case``: a compile time is one with empty caches.
+    empty = fresh_cache() if trainee.compiled else contextlib.nullcontext()
+    seconds = []
+    with empty:
+        for _ in range(2):
+            synchronize(settings.device)
+            started = time.perf_counter()
+            trainee.iterate(*batch, steps)
+            synchronize(settings.device)
+            seconds.append(time.perf_counter() - started)
+    compiling = max(0.0, seconds[0] - seconds[1]) if trainee.compiled else None
+    return trainee, replace(blank, compile_seconds=compiling)
+
+
+def _contender(
+    trainee: Trainee, batches: Sequence[tuple[Tensor, Tensor]], steps: int, recompilations: Recompilations
+) -> Contender:
+    """A trainee in a form that ``measure`` can time: a step is an iteration, each on the next batch."""
+    order = itertools.cycle(batches)
+
+    def step(x_adv: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        loss = recompilations.count(trainee, *next(order), steps)
+        return x, loss
+
+    return Contender(trainee.name, trainee.model, step, trainee.compiled)
+
+
+def _failed(record: Trained, error: Exception) -> Trained:
+    print(f"{record.candidate} failed: {reason(error)}", file=sys.stderr, flush=True)
+    return replace(record, failed=reason(error))
