@@ -34,7 +34,7 @@ def write_page(path: Path, report: Report, before: dict[str, Any], after: dict[s
 
 def page(report: Report, before: dict[str, Any], after: dict[str, Any]) -> str:
     """The text of the page, see ``write_page``."""
-    title = ", ".join(filter(None, [report.function, TITLES[report.form]]))
+    title = ": ".join(filter(None, [report.function, TITLES[report.form]]))
     data = {
         "title": title,
         "report": {
