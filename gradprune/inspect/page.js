@@ -745,19 +745,13 @@ function start(data) {
       links("Saved for", entry, "savedFor") + links("Reads what forward saved", entry, "reads") + links("Inputs", entry, "inputs") + links("Users", entry, "users");
   }
 
-  // The shortest way from a node to what the step returns.
+  // The shortest way from a node to what is returned, to a weight gradient only if to nothing else.
   function need(entry) {
     const when = entry.after ? "after" : "before", { nodes } = data[when], from = new Map([[entry[when].index, null]]);
-    const queue = [entry[when].index];
-    const returned = (index) => (nodes[index].role || "").startsWith("returned");
-    let end = queue.find(returned);
-    for (let k = 0; k < queue.length && end === undefined; k++)
-      for (const user of nodes[queue[k]].users)
-        if (!from.has(user) && nodes[user].phase !== "output") {
-          from.set(user, queue[k]);
-          queue.push(user);
-          if (returned(user)) { end = user; break; }
-        }
+    for (const index of from.keys()) // to which the loop adds
+      for (const user of nodes[index].users) if (!from.has(user)) from.set(user, index);
+    const ends = [...from.keys()].filter((index) => (nodes[index].role || "").startsWith("returned"));
+    const end = ends.find((index) => !nodes[index].weight_grad) ?? ends[0];
     if (end === undefined || end === entry[when].index) return "";
     const path = [];
     for (let index = end; index !== entry[when].index; index = from.get(index)) path.unshift(index);

@@ -335,6 +335,8 @@ def test_reasons_are_shown(opened: Browser, graphs: Graphs):
     opened.wait(lambda: texts(opened, "#details h2") == [narrowed.node])
     details = opened.evaluate("document.getElementById('details').innerText")
     assert f"{narrowed.reason}\nnarrowed by narrow-outputs" in details
+    assert "returned\n" in details
+    assert "weight gradient\n" not in details.partition("Was read for")[2]
     assert opened.evaluate("document.querySelector('.node.selected').dataset.node") == narrowed.node
 
     gradient = next(change for change in graphs[0].removed if change.reason.startswith("weight gradient"))
