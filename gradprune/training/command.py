@@ -261,7 +261,7 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
         Option("epochs", "in total", parse_whole, "30", may_change=True),
         Option("batch-size", "samples in a batch of one process", parse_whole, "128"),
         Option("optimizer", "of the weights", ["sgd", "adam", "adamw"], "sgd"),
-        Option("lr", "learning rate", parse_number, shown="0.1 of sgd, 0.001 of the others", metavar="R"),
+        Option("lr", "learning rate", parse_number, shown="0.05 of sgd, 0.001 of the others", metavar="R"),
         Option("momentum", "of sgd", parse_number, shown="0.9", metavar="M"),
         Option(
             "weight-decay", "of the optimizer", parse_number, shown="5e-4 of sgd, 0 of adam, 0.01 of adamw", metavar="D"
@@ -537,7 +537,7 @@ def _attack(
 def build_optimizer(options: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
     """The optimizer asked for."""
     kind: Any = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[options.optimizer]
-    usual: dict[str, float] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4} if kind is torch.optim.SGD else {}
+    usual: dict[str, float] = {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4} if kind is torch.optim.SGD else {}
     settings = {**usual, **_given(options, "lr", "momentum", "weight_decay")}
     return kind(model.parameters(), **settings)  # type: ignore[no-any-return]
 
@@ -674,10 +674,10 @@ def _augmentations(options: argparse.Namespace, data: Data) -> list[str]:
 def _report(options: argparse.Namespace, texts: Texts, history: History) -> None:
     """Say what came of it, and how to go on."""
     names = {"last": history.epochs[-1], **({"best": history.best} if history.best else {})}
-    rows = [["epoch", "", "loss", "accuracy", "clean", "robust", "learning rate"]]
+    rows = [["epoch", "", "loss", "accuracy", "clean", "robust"]]
     for name, record in names.items():
         shares = ["-" if record[key] is None else f"{record[key]:.2%}" for key in ("accuracy", "clean", "robust")]
-        rows.append([name, str(record["epoch"]), f"{record['loss']:.4f}", *shares, f"{record['lr']:.3g}"])
+        rows.append([name, str(record["epoch"]), f"{record['loss']:.4f}", *shares])
     print("\n".join(aligned(rows)))
     if history.stopped_early:
         print(f"Stopped early: no better evaluation for {options.patience}; pass a larger --patience to go on.")
