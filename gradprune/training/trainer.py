@@ -471,4 +471,5 @@ def _holding(weights: list[nn.Parameter], values: list[Tensor]) -> Iterator[None
         yield
     finally:
         with torch.no_grad():
-            torch._foreach_copy_(weights, before)  # type: ignore[arg-type]
+            for weight, value in zip(weights, before, strict=True):
+                weight.copy_(value)  # type: ignore[arg-type]
