@@ -467,9 +467,10 @@ def _holding(weights: list[nn.Parameter], values: list[Tensor]) -> Iterator[None
     before = [weight.detach().clone() for weight in weights]
     try:
         with torch.no_grad():
-            torch._foreach_copy_(weights, values)  # type: ignore[arg-type]
+            for weight, value in zip(weights, values, strict=True):
+                weight.copy_(value)
         yield
     finally:
         with torch.no_grad():
             for weight, value in zip(weights, before, strict=True):
-                weight.copy_(value)  # type: ignore[arg-type]
+                weight.copy_(value)
