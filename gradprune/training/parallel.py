@@ -6,7 +6,12 @@ the backward pass, and the loss is averaged, so that one that is not finite ends
 the buffers of the first process are sent to the others, in one piece: with DDP's own way, at the next forward pass, the
 attacks in between would meet other batch-norm statistics on every process. With FSDP2 the attack runs on a replica,
 into which the weights are gathered once per iteration; what is sharded is gradients, optimizer state and the weights of
-the outer step, so that the replica is what an inner loop without communication costs.
+the outer step, so that the replica is what an inner loop without communication costs. An error that one process alone
+meets, such as inputs that are unfit to be attacked, ends that process, and ``torchrun`` then ends the others.
+
+    replica = copy.deepcopy(model)  # FSDP2; for DDP nothing needs to be done
+    fully_shard(model)
+    trainer = AdversarialTrainer(model, SGD(model.parameters(), lr=0.1), PGDTraining(), replica=replica)
 
 Everything here may be called without other processes, and then communicates nothing.
 """
@@ -130,12 +135,39 @@ class OneProcess:
         return self.model
 
 
-class Replicated(OneProcess):
-    """DDP: every process has all weights; gradients are averaged during the backward pass, piece by piece."""
+class _Together(OneProcess):
+    """What DDP and FSDP2 have in common."""
 
     def __init__(self, model: nn.Module, outer: Outer, *, compile: bool) -> None:
         super().__init__(model, outer, compile=compile)
         self._statistics = outer.statistics
+
+    def mean(self, loss: Tensor) -> Tensor:
+        """See ``OneProcess``."""
+        return sum_counts(loss) / processes()
+
+    def share_buffers(self) -> None:
+        """See ``OneProcess``, and Note [Where training communicates]."""
+        buffers = [buffer for buffer in (*self.model.buffers(), *(self._statistics or {}).values()) if buffer.numel()]
+        if not buffers or processes() == 1:
+            return
+        with torch.no_grad():
+            packed = torch.cat([buffer.reshape(-1).view(torch.uint8) for buffer in buffers])
+            dist.broadcast(packed, src=0)
+            if not is_first():
+                parts = packed.split([buffer.nbytes for buffer in buffers])
+                for buffer, part in zip(buffers, parts, strict=True):
+                    buffer.copy_(part.clone().view(buffer.dtype).view(buffer.shape))  # cloned to be aligned
+
+
+class Replicated(_Together):
+    """DDP: every process has all weights; gradients are averaged during the backward pass, piece by piece.
+
+    As ever with DDP, weights that the loss does not reach have to be frozen by ``requires_grad_(False)``.
+    """
+
+    def __init__(self, model: nn.Module, outer: Outer, *, compile: bool) -> None:
+        super().__init__(model, outer, compile=compile)
         # The other order does the same, and warns. Either way torch compiles in pieces, so that the gradients of one
         # are averaged while the next one runs.
         self.run = nn.parallel.DistributedDataParallel(self.run, **_LEAVE_BUFFERS)
@@ -145,16 +177,8 @@ class Replicated(OneProcess):
         """See ``OneProcess``: gradients are averaged with those of the last batch."""
         return self.run.no_sync()  # type: ignore[no-any-return]
 
-    def mean(self, loss: Tensor) -> Tensor:
-        """See ``OneProcess``."""
-        return sum_counts(loss) / processes()
 
-    def share_buffers(self) -> None:
-        """See ``OneProcess``, and Note [Where training communicates]."""
-        _share(self.model, self._statistics)
-
-
-class Sharded(OneProcess):
+class Sharded(_Together):
     """FSDP2: every process has a part of the weights; the attack runs on a replica that has all of them.
 
     Gradients are averaged and scattered after every batch, however many are accumulated: they would have to be kept
@@ -163,17 +187,8 @@ class Sharded(OneProcess):
 
     def __init__(self, model: nn.Module, outer: Outer, replica: nn.Module, *, compile: bool) -> None:
         super().__init__(model, outer, compile=compile)
-        self._statistics = outer.statistics
         self._replica = replica
         self.share_buffers()
-
-    def mean(self, loss: Tensor) -> Tensor:
-        """See ``OneProcess``."""
-        return sum_counts(loss) / processes()
-
-    def share_buffers(self) -> None:
-        """See ``OneProcess``."""
-        _share(self.model, self._statistics)
 
     @torch.no_grad()
     def whole(self) -> nn.Module:
@@ -215,6 +230,10 @@ def engine(
                 "replica = copy.deepcopy(model); fully_shard(model); AdversarialTrainer(model, ..., replica=replica)"
             )
         return Sharded(model, outer, replica, compile=compile)
+    if any(map(_is_sharded, model.parameters())):
+        raise OptionError(
+            'weights are distributed, and not by fully_shard: shard them with it, or pass parallel="none"'
+        )
     return OneProcess(model, outer, compile=compile) if processes() == 1 else Replicated(model, outer, compile=compile)
 
 
@@ -223,20 +242,6 @@ _ddp_options = inspect.signature(nn.parallel.DistributedDataParallel).parameters
 _LEAVE_BUFFERS: dict[str, Any] = {
     "forward_sync_buffers" if "forward_sync_buffers" in _ddp_options else "broadcast_buffers": False
 }
-
-
-def _share(model: nn.Module, statistics: dict[str, Tensor] | None) -> None:
-    """Give all processes the buffers of the first one, as one piece of bytes."""
-    buffers = [buffer for buffer in (*model.buffers(), *(statistics or {}).values()) if buffer.numel()]
-    if not buffers or processes() == 1:
-        return
-    with torch.no_grad():
-        packed = torch.cat([buffer.reshape(-1).view(torch.uint8) for buffer in buffers])
-        dist.broadcast(packed, src=0)
-        if not is_first():
-            parts = packed.split([buffer.nbytes for buffer in buffers])
-            for buffer, part in zip(buffers, parts, strict=True):
-                buffer.copy_(part.clone().view(buffer.dtype).view(buffer.shape))  # cloned to be aligned
 
 
 def _is_unit(module: Any) -> TypeGuard[FSDPModule]:

@@ -301,14 +301,16 @@ def fsdp_compiled() -> Any:
 @check
 def fsdp_counted() -> Any:
     """Collectives, and whether the replica had the weights, buffers and modes of the model."""
-    one = fsdp_trainer(network(batch_norm=True), OBJECTIVES["trades"], batch_norm="separate")
+    one = fsdp_trainer(network(batch_norm=True), OBJECTIVES["trades"], batch_norm="separate", ema=0.5)
     counts = collectives(one, 2)
+    with one.averaged() as model:
+        averaged = all(map(torch.equal, whole(one.averages), model.parameters()))
     one.model[0].eval()  # type: ignore[index]
     replica = one._devices.whole()
     equal = all(map(torch.equal, whole(one.model.parameters()), replica.parameters()))
     equal = equal and all(map(torch.equal, one.model.buffers(), replica.buffers()))
     modes = [module.training for module in one.model.modules()] == [module.training for module in replica.modules()]
-    return {**counts, "equal": equal, "modes": modes, "buffers": list(one.model.buffers())}
+    return {**counts, "equal": equal, "modes": modes, "averaged": averaged, "buffers": list(one.model.buffers())}
 
 
 @check

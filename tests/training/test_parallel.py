@@ -14,6 +14,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import distribute_module
 
 from gradprune.attacks import PGD
 from gradprune.errors import OptionError
@@ -162,6 +165,7 @@ def test_sharded_weights_are_gathered_once_before_the_attack(found: Callable[[st
         assert rank["all"].count("c10d::broadcast_") == 1
         assert rank["equal"]
         assert rank["modes"]
+        assert rank["averaged"]
     assert_same(ranks[0]["buffers"], ranks[1]["buffers"])
 
 
@@ -237,13 +241,15 @@ def test_what_cannot_be_trained_is_refused() -> None:
 
 
 def test_wrapped_models_are_refused(tmp_path: Path) -> None:
-    from torch.distributed.fsdp import fully_shard
-
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         with pytest.raises(OptionError, match="pass the model itself"):
             make(nn.parallel.DistributedDataParallel(network()))
         with pytest.raises(OptionError, match="replica"):
             make(fully_shard(network()))
+        model = network()
+        distribute_module(model, init_device_mesh("cpu", (1,)))
+        with pytest.raises(OptionError, match="not by fully_shard"):
+            make(model)
     finally:
         dist.destroy_process_group()
