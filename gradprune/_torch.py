@@ -67,6 +67,7 @@ __all__ = [
     "scope_to_backend",
     "select_decomp_table",
     "size_hint",
+    "source_name",
     "trace_artifact",
     "without_modes",
 ]
@@ -81,6 +82,12 @@ def is_module_state(placeholder: fx.Node) -> bool:
     """
     source = getattr(placeholder, "_dynamo_source", None)
     return source is not None and not _is_grad(source) and is_from_unspecialized_nn_module_source(source)
+
+
+def source_name(placeholder: fx.Node) -> str:
+    """How the traced code reaches a placeholder of Dynamo's graph, such as ``L['model'].weight``; empty if unknown."""
+    name = getattr(getattr(placeholder, "_dynamo_source", None), "name", "")
+    return str(name() if callable(name) else name)
 
 
 def leaves(graph: fx.Graph) -> Iterator[torch.Tensor]:

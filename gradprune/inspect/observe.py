@@ -60,6 +60,7 @@ class Observer:
         report.function = function
         self._save_inputs = options.dump_inputs
         self._examples: Sequence[Any] = ()
+        self._sources: Sequence[str] = ()
         self._names: set[str] = set()
         self._repro: Repro | None = None
         self._page: dict[str, Any] = {}
@@ -94,6 +95,7 @@ class Observer:
     def dynamo(self, graph: fx.Graph, examples: Sequence[Any]) -> None:
         """The graph that Dynamo captured, before anything is done to it."""
         self._examples = examples
+        self._sources = [_torch.source_name(node) for node in graph.find_nodes(op="placeholder")]
         if self._folder is not None:
             self._folder.write_stage("dynamo.py", program(graph, "captured", ["What Dynamo captured.", _version()]))
 
@@ -221,12 +223,17 @@ class Observer:
             write_page(folder.path / "page.html", report, self._page["before"], self._page["after"])
 
     def _program(self, name: str, step_graph: StepGraph, header: Sequence[str]) -> str:
-        roles = {node.name: INPUT_ROLES[role] for node, role in step_graph.inputs.items()}
+        roles = {node.name: f"{INPUT_ROLES[role]} {self._source(node)}" for node, role in step_graph.inputs.items()}
         returned = [
             f"output {position}: {OUTPUT_ROLES[role]}{'' if value is not None else ', not computed'}"
             for position, (value, role) in enumerate(zip(step_graph.output_values(), step_graph.outputs, strict=True))
         ]
         return program(step_graph.graph, name.replace("-", "_"), [*header, "", *returned], roles)
+
+    def _source(self, node: fx.Node) -> str:
+        """How the user's code reaches an input, as Dynamo has it."""
+        descriptor = node.meta.get("desc")
+        return self._sources[descriptor.idx] if isinstance(descriptor, _torch.PlainAOTInput) else ""
 
     def _show(self, name: str, step_graph: StepGraph, header: Sequence[str]) -> None:
         """Write one stage to the log and the dump."""

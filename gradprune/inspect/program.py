@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -42,8 +43,9 @@ def function(graph: fx.Graph, name: str) -> tuple[str, list[str]]:
     Attributes of the graph's module, such as constants, are read from the function's first argument.
     """
     printed = graph.python_code("self", verbose=True)
-    code = printed.src.strip().replace("def forward(self", f"def {name}(self", 1)
-    imports = ["import torch", *(_IMPORTS[used] for used in printed.globals if used in _IMPORTS)]
+    code = "\n".join(line.rstrip() for line in printed.src.strip().splitlines())
+    code = code.replace("def forward(self", f"def {name}(self", 1)
+    imports = ["import torch", *(line for used, line in _IMPORTS.items() if re.search(rf"\b{used}\b", code))]
     if "torch.ops.gradprune." in code:
         imports.append("import gradprune  # has the operators torch.ops.gradprune.*")
     return code + "\n", sorted(dict.fromkeys(imports))

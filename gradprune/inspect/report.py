@@ -266,9 +266,9 @@ class Report:
             lines += _wrap(f"hoisted {counts.total()} ({size}): {_most_common(counts)}")
         lines += _kept(self.skipped)
         if self.weight_gradients:
-            first, *others = self.weight_gradients
-            more = f" and {len(others)} more" if others else ""
-            lines += _wrap(f"weight gradients computed by {_place(first)}{more}: {first.reason}")
+            first, count = self.weight_gradients[0], len(self.weight_gradients)
+            by = "an operator" if count == 1 else f"{count} operators"
+            lines += _wrap(f"weight gradients computed by {by}: {first.reason}: {_place(first)}")
         if self.kernels:
             counts = Counter()
             for kernel in self.kernels:
@@ -338,7 +338,7 @@ def _kept(skipped: Sequence[Change]) -> list[str]:
     lines = []
     for (_, reason), changes in list(groups.items())[:KEPT_SHOWN]:
         more = f" and {len(changes) - 1} more" if len(changes) > 1 else ""
-        lines += _wrap(f"kept {_place(changes[0])}{more}: {reason}")
+        lines += _wrap(f"kept {changes[0].operator}{more}: {reason}: {_place(changes[0])}")
     if len(groups) > KEPT_SHOWN:
         left = sum(len(changes) for changes in list(groups.values())[KEPT_SHOWN:])
         lines.append(f"  kept {left} more: to_dict()['skipped'] has them all")
@@ -346,11 +346,11 @@ def _kept(skipped: Sequence[Change]) -> list[str]:
 
 
 def _place(change: Change) -> str:
-    """Operator, node and ``file:line``, the file relative to the current folder where that is shorter."""
+    """Node and ``file:line``, the file relative to the current folder where that is shorter."""
     source = change.source
     with suppress(OSError, ValueError):  # another drive, or a folder that is gone
         source = min(os.path.relpath(source), source, key=len) if source else ""
-    return f"{change.operator} {change.node}" + (f" ({source})" if source else "")
+    return change.node + (f" ({source})" if source else "")
 
 
 def _most_common(counts: Counter[str]) -> str:
