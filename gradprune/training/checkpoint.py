@@ -48,13 +48,16 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         TrainingError: It cannot be read, is damaged, or was written by something else.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        stream = path.open("rb")
     except OSError as error:
         raise TrainingError(f"cannot read the checkpoint {path}: {error.strerror or error}") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    try:
+        with stream:
+            content = torch.load(stream, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise TrainingError(
-            f"{path} is damaged or no checkpoint: {str(error).splitlines()[0][:200]}: move it away to start anew, or "
-            "put a copy in its place"
+            f"{path} is damaged or no checkpoint ({type(error).__name__}): move it away to start anew, or put a copy "
+            "in its place"
         ) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise TrainingError(f"{path} was not written by this trainer: move it away, or train in another folder")

@@ -2,10 +2,10 @@
 
 Note [Exact resumption]: a run that was interrupted anywhere and goes on from its last checkpoint takes the same
 trajectory as one that was not, bitwise on a CPU with the same number of threads and the same compiler cache (kernels
-are chosen by measurement, and the choice is remembered there). Every epoch begins by seeding all generators with a number
-made of the seed, the epoch and the rank, so that a loader that draws from them begins it in the same order again; the
-batches used already are drawn once more and dropped, and then the generators are put where they were. Checkpoints are
-written between updates only, when no gradients are accumulated.
+are chosen by measurement, and the choice is remembered there). Every epoch begins by seeding all generators with a
+number made of the seed, the epoch and the rank, so that a loader that draws from them begins it in the same order
+again; the batches used already are drawn once more and dropped, and then the generators are put where they were.
+Checkpoints are written between updates only, when no gradients are accumulated.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ class Fit:
                     f"the loader ends before batch {progress.batch}, where this training was: it has to return what it "
                     "returned then"
                 )
-        if random_numbers is not None:
+        if random_numbers is not None and progress.batch:  # else the loader has yet to draw its order
             set_random_state(random_numbers)
         begun = time.perf_counter()
         for x, y in batches:
@@ -328,10 +328,10 @@ class Fit:
     def _save_best(self, record: dict[str, Any]) -> None:
         if self.folder is None:
             return
-        with self.trainer.averaged():
+        with self.trainer.averaged():  # until it is written: on a CPU the state is the weights' own memory
             weights = parallel.model_state(self.trainer)
-        if parallel.is_first():
-            write_checkpoint(self.folder / BEST, {"model": weights, "record": record})
+            if parallel.is_first():
+                write_checkpoint(self.folder / BEST, {"model": weights, "record": record})
 
     def _last_checkpoint(self) -> str:
         path = None if self.folder is None else self.folder / LAST

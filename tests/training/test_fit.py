@@ -229,7 +229,9 @@ def test_signals_end_behind_a_batch(number: int, tmp_path: Path) -> None:
 
 def test_records_and_best(tmp_path: Path) -> None:
     trainer, recorder = trainer_of(ema=0.5), Recorder()
-    history = trainer.fit(loader(), 4, validation=loader(24), evaluate_every=2, folder=tmp_path, watchers=[recorder])
+    history = trainer.fit(
+        loader(), 4, validation=loader(24, shuffle=False), evaluate_every=2, folder=tmp_path, watchers=[recorder]
+    )
     assert recorder.epochs == history.epochs
     assert [record["clean"] is None for record in history.epochs] == [True, False, True, False]
     assert history.best is not None
@@ -242,7 +244,7 @@ def test_records_and_best(tmp_path: Path) -> None:
     score.load_state_dict(best["model"])
     other = AdversarialTrainer(score, torch.optim.SGD(score.parameters(), 0.1), AT, compile=False)
     attack = PGD(eps=0.1, step_size=0.025, steps=20, seed=0)
-    assert other.evaluate(loader(24), attack) == (history.best["clean"], history.best["robust"])
+    assert other.evaluate(loader(24, shuffle=False), attack) == (history.best["clean"], history.best["robust"])
     means = [record["loss"] for record in recorder.iterations[:6]]
     samples = [record["samples"] for record in recorder.iterations[:6]]
     assert samples == [12] * 5 + [4]
@@ -364,7 +366,7 @@ def test_checkpoint_of_another_model(tmp_path: Path) -> None:
     [
         lambda optimizer, total: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total),
         lambda optimizer, total: torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.2, total_steps=total),
-        lambda optimizer, total: torch.optim.lr_scheduler.MultiStepLR(optimizer, [total // 2]),
+        lambda optimizer, total: torch.optim.lr_scheduler.MultiStepLR(optimizer, [total // 5]),
         lambda optimizer, total: torch.optim.lr_scheduler.SequentialLR(
             optimizer,
             [
