@@ -293,9 +293,9 @@ def fsdp() -> Any:
 def fsdp_compiled() -> Any:
     """In float32, in which convolutions are packed for the attack; and how often it looked at the weights anew."""
     prepack_convolutions.WORTH_FLOPS = 0
-    one = fsdp_trainer(network().float(), OBJECTIVES["trades"], compile=True)
-    alone = trainer(network().float(), OBJECTIVES["trades"], parallel="none")
-    return {"trades": (train(one), train(alone, alone=True)), "refreshes": [step.refreshes for step in prologue._steps]}
+    one = fsdp_trainer(network().float(), PGDTraining(attack=ATTACK), compile=True)
+    alone = trainer(network().float(), PGDTraining(attack=ATTACK), parallel="none")
+    return {"pgd": (train(one), train(alone, alone=True)), "refreshes": [step.refreshes for step in prologue._steps]}
 
 
 @check

@@ -152,7 +152,7 @@ def test_sharded_weights_train_as_whole_ones(found: Callable[[str], Ranks], name
 
 def test_sharded_weights_train_compiled(found: Callable[[str], Ranks]) -> None:
     ranks = found("fsdp_compiled")
-    assert_agree(*of(ranks, "trades"), tolerance=1e-4)
+    assert_agree(*of(ranks, "pgd"), tolerance=1e-4)
     assert max(ranks[0]["refreshes"]) == 3  # the attack has seen the weights of every iteration
 
 
