@@ -237,13 +237,16 @@ def draw_curves(path: Path, lines: Sequence[Record]) -> None:
     epochs = [line for line in lines if line["kind"] == "epoch"]
     iterations = [line for line in lines if line["kind"] == "iteration"]
     length = epochs[-1]["iteration"] / epochs[-1]["epoch"]
-    # The beginning is not that of the first epoch, which is a mean over it.
+    # Means over an epoch are drawn in its middle, what was measured behind it at its end.
     at, between = [line["epoch"] for line in epochs], [line["iteration"] / length for line in iterations]
     figure = figure_of(13, 3.9)
     loss, accuracy, schedule = figure.subplots(1, 3)
     if iterations:
-        loss.plot(between, [line["loss"] for line in iterations], color="C0", alpha=0.3, linewidth=1)
-    loss.plot([epoch - 0.5 for epoch in at], [line["loss"] for line in epochs], marker=".", color="C0")
+        batches = [line["loss"] for line in iterations]
+        loss.plot(between, batches, color="C0", alpha=0.3, linewidth=1, label="some batches")
+    means = [line["loss"] for line in epochs]
+    loss.plot([epoch - 0.5 for epoch in at], means, marker=".", color="C0", label="mean of the epoch")
+    loss.legend(fontsize=8, frameon=False)
     loss.set_title("training loss", fontsize=11)
     for name, label, color in (
         ("accuracy", "in training", "0.65"),
@@ -280,7 +283,7 @@ def draw_curves(path: Path, lines: Sequence[Record]) -> None:
         second.plot(places, radii, color="C1", linestyle="--", label="eps")
         second.set_ylim(bottom=0)
         second.spines["top"].set_visible(False)
-        schedule.legend(handles=[*schedule.lines, *second.lines], fontsize=8, frameon=False)
+        schedule.legend(handles=[*schedule.lines, *second.lines], fontsize=8, frameon=False, loc="center right")
         schedule.set_title("learning rate; right: eps", fontsize=11)
     for axis in (loss, accuracy, schedule):
         axis.set_xlabel("epoch")
