@@ -47,7 +47,8 @@ targets:
 
                       $ gradprune inspect mine:pgd
 
-                  Shapes and types matter, values do not: there are none, unless --real.
+                  Shapes and types matter, values do not: there are none. A function that needs some to make its model,
+                  one that reads a file by numpy for example, takes --real.
 
 examples:
   gradprune inspect timm:resnet18                        the report
@@ -86,7 +87,9 @@ def add_command(commands: argparse._SubParsersAction[Any]) -> None:
     group.add_argument("--image-size", type=_positive, metavar="N", help="height and width (default: the model's)")
     group.add_argument("--disable", nargs="+", action="extend", default=[], metavar="PASS", help="leave out passes")
     group.add_argument("--exact-order", action="store_true", help="leave out passes that may round differently")
-    group.add_argument("--real", action="store_true", help="make weights and inputs for real; still nothing is run")
+    group.add_argument(
+        "--real", action="store_true", help="allocate weights and inputs, for a function that reads them"
+    )
     group = parser.add_argument_group("what to show")
     group.add_argument("--why", action="append", default=[], metavar="NODE", help="why a node is computed, or is not")
     group.add_argument(
@@ -124,9 +127,9 @@ def run(arguments: argparse.Namespace) -> int:
         except GradpruneError:
             raise
         except Exception as error:  # what the user's function raises, or torch where it cannot be traced
-            hint = "" if arguments.real else ". Its tensors have no values here; pass --real if it reads some"
             raise GradpruneError(
-                f"{arguments.target} could not be captured: {type(error).__name__}: {error}{hint}"
+                f"{arguments.target} could not be captured: {type(error).__name__}: {error}. Nothing is run here, so "
+                "that tensors have no values: if the step reads some, by .item() for example, leave that out"
             ) from error
     report = analysis.report
     answers = [report.why(node) for node in arguments.why]

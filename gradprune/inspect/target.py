@@ -99,8 +99,8 @@ def _make(name: str) -> Any:
         made = found()
     except Exception as error:  # whatever the user's function raises
         raise GradpruneError(
-            f"{name}() failed: {type(error).__name__}: {error}. Its tensors have shapes but no values here; "
-            "pass --real if it needs them"
+            f"{name}() failed: {type(error).__name__}: {error}. "
+            "Unless --real is passed, tensors have shapes but no values"
         ) from error
     if isinstance(made, nn.Module):
         return made
