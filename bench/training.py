@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -152,7 +152,7 @@ def by_hand(name: str, *, frozen: bool = True, compiled: Literal["model", "gradi
             optimizer.zero_grad()
             return value.detach()
 
-        return Trainee(name, model, optimizer, iterate, compiled)
+        return Trainee(name, model, optimizer, iterate, compiled is not None)
 
     return build
 
@@ -353,12 +353,7 @@ def measure_case(results: Results, case: Case, steps: Sequence[int], budget: Bud
                 except Exception as error:
                     records[name] = _failed(record, error)
                     continue
-            records[name] = replace(
-                record,
-                **dict(zip(("loss_error", "update_error"), errors, strict=True)),
-                **dict(zip(("eager_loss_error", "eager_update_error"), reference.eager_errors(count), strict=True)),
-                **dict(zip(("loss_tolerance", "update_tolerance"), reference.tolerances(count), strict=True)),
-            )
+            records[name] = replace(record, **_checked(errors, reference, count))
             passed.append(_contender(trainees[name], batches, count, recompilations))
         with counter(f"{case.name}, {count} steps: timing", budget.rounds * len(passed)) as bar:
             seconds = time_rounds(passed, work, 1, budget, bar.update)
@@ -419,6 +414,15 @@ def _contender(
         return x, loss
 
     return Contender(trainee.name, trainee.model, step, trainee.compiled)
+
+
+def _checked(errors: tuple[float, float], reference: Reference, steps: int) -> dict[str, Any]:
+    """What a record says about errors that are small enough."""
+    figured: dict[str, Any] = {}
+    figured["loss_error"], figured["update_error"] = errors
+    figured["eager_loss_error"], figured["eager_update_error"] = reference.eager_errors(steps)
+    figured["loss_tolerance"], figured["update_tolerance"] = reference.tolerances(steps)
+    return figured
 
 
 def _failed(record: Trained, error: Exception) -> Trained:

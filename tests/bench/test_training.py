@@ -247,6 +247,18 @@ def run(output: Path, *more: str) -> int:
     return main(["bench", "training", "--output", str(output), *options, *more])
 
 
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without Inductor, apart from what gradprune compiles of an attack."""
+    compile = torch.compile
+
+    def compiled(*args: Any, **options: Any) -> Any:
+        return compile(*args, **{"backend": "aot_eager", **options})
+
+    monkeypatch.setattr(torch, "compile", compiled)
+
+
+@pytest.mark.usefixtures("quick")
 def test_a_run_from_end_to_end(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
