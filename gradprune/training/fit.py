@@ -280,7 +280,7 @@ class Fit:
                     remove_leftovers(self.folder / name)
             except OSError as error:
                 raise TrainingError(
-                    f"cannot write to {self.folder}: {error.strerror or error}: pass another"
+                    f"cannot write to {self.folder}: {error.strerror or error}: pass another folder"
                 ) from error
         parallel.barrier()
         if not (self.resume and path.exists()):
