@@ -6,6 +6,7 @@ import argparse
 import math
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -602,10 +603,13 @@ def run(arguments: argparse.Namespace) -> int:
     watchers: list[Watcher] = [Progress(), JsonLines(), Curves()]
     watchers += [TensorBoard()] if options.tensorboard else []
     prepare_directory(options.output)
+    from ..demo.progress import stage  # imports tqdm, an optional dependency
+
     with started() as ranks:
         device = choose_device(options.device, ranks.local)
-        data, validation = load_parts(data_options(options), options.validation, options.seed)
-        model = load_model(replace(model_options(options), trained=False), options.seed).to(device)
+        with stage("loading model and data") if ranks.is_first else nullcontext():
+            data, validation = load_parts(data_options(options), options.validation, options.seed)
+            model = load_model(replace(model_options(options), trained=False), options.seed).to(device)
         _check(model, data, device, options.bounds)
         samples = Samples(data, _augmentations(options, data))
         loader = training_loader(samples, options.batch_size, ranks, workers=options.workers, seed=options.seed)

@@ -110,21 +110,14 @@ class Progress(Silent):
         self._start = start
         if start.iteration and start.folder is not None:
             print(f"going on from {start.folder}: {start.epoch} epochs done", file=sys.stderr, flush=True)
+        # An epoch that was interrupted does not begin with its first batch.
+        self._open(start.epoch + 1, start.iteration - start.epoch * start.batches if start.batches else 0)
 
     def iteration(self, record: Record) -> None:
         """See ``Watcher``."""
-        assert self._start is not None
-        if not sys.stderr.isatty():
-            return
-        if self._bar is None:
-            from tqdm import tqdm
-
-            title = _epoch_of(record["epoch"] + 1, self._start.epochs)
-            self._bar = tqdm(total=self._start.batches, desc=title, file=sys.stderr, dynamic_ncols=True)
-            if self._start.batches is not None:  # an epoch that was interrupted does not begin with its first batch
-                self._bar.update((record["iteration"] - 1) % self._start.batches)
-        self._bar.set_postfix_str(_figures(record, ("loss", "accuracy", "lr")), refresh=False)
-        self._bar.update()
+        if self._bar is not None:
+            self._bar.set_postfix_str(_figures(record, ("loss", "accuracy", "lr")), refresh=False)
+            self._bar.update()
 
     def epoch(self, record: Record) -> None:
         """See ``Watcher``."""
@@ -133,6 +126,8 @@ class Progress(Silent):
         if self._bar is not None:
             self._bar.set_postfix_str(figures)
             self.end()
+            if record["epoch"] < self._start.epochs:
+                self._open(record["epoch"] + 1, 0)
         else:
             title = _epoch_of(record["epoch"], self._start.epochs)
             print(f"{title}: {figures}, {record['seconds']:.1f} s", file=sys.stderr, flush=True)
@@ -140,8 +135,18 @@ class Progress(Silent):
     def end(self) -> None:
         """See ``Watcher``."""
         if self._bar is not None:
+            self._bar.leave = self._bar.n > 0
             self._bar.close()
             self._bar = None
+
+    def _open(self, epoch: int, done: int) -> None:
+        """Show a bar before its first batch, which may have to wait for a compilation."""
+        assert self._start is not None
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            title = _epoch_of(epoch, self._start.epochs)
+            self._bar = tqdm(total=self._start.batches, initial=done, desc=title, file=sys.stderr, dynamic_ncols=True)
 
 
 def _epoch_of(epoch: int, epochs: int) -> str:
