@@ -199,8 +199,11 @@ class HoistedStep:
         self._weights = None  # should the prologue fail, nothing of it is used
         on_cpu = all(weight.is_cpu for weight in weights)
         static = self._values is not None and not on_cpu
+        # Not valid until they are those of these weights. Written to again, for in training all of this runs once per
+        # update, and memory that is new to the process costs several times what copying does.
+        kept, self._copies = self._copies, None
         if not static:
-            self._values = self._copies = None  # so that new values may take the memory of the old ones
+            self._values = None  # so that new values may take the memory of the old ones
         # Casts are explicit in the graph; what is computed here must not depend on where the step is called from.
         with torch.inference_mode(False), torch.no_grad(), torch._C._DisableAutocast():
             fresh = [_in_layout(v, e) for v, e in zip(self._prologue(*weights), self._expected, strict=True)]
@@ -209,9 +212,15 @@ class HoistedStep:
                 torch._foreach_copy_(self._values, fresh)
             else:
                 self._values = fresh
-            self._copies = [
-                weight.clone() if on_cpu or not isinstance(weight, nn.Parameter) else None for weight in weights
-            ]
+            if kept is None:
+                kept = [
+                    weight.clone() if on_cpu or not isinstance(weight, nn.Parameter) else None for weight in weights
+                ]
+            else:
+                for copy, weight in zip(kept, weights, strict=True):
+                    if copy is not None:
+                        copy.copy_(weight)
+            self._copies = kept
         self.refreshes += 1
 
     def _remember(self, weights: Sequence[torch.Tensor]) -> None:
