@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch._dynamo.config as dynamo_config
 from torch import fx
+from torch._dynamo.exc import RestartAnalysis
 from torch._dynamo.source import AttrSource, GradSource, is_from_unspecialized_nn_module_source
 from torch._functorch import config as functorch_config
 from torch._functorch._aot_autograd.descriptors import (
@@ -31,12 +32,13 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.runtime.cache_dir_utils import cache_dir as inductor_cache_dir
 from torch._logging._internal import trace_structured
-from torch._subclasses.fake_tensor import is_fake
+from torch._subclasses.fake_tensor import FakeTensorMode, is_fake
 from torch.utils._python_dispatch import _disable_current_modes as without_modes
 
 __all__ = [
     "TRACED_FLAGS",
     "CustomGraphPass",
+    "FakeTensorMode",
     "GradAOTOutput",
     "InputMutationAOTOutput",
     "PlainAOTInput",
@@ -61,6 +63,7 @@ __all__ = [
     "inductor_config",
     "is_fake",
     "is_module_state",
+    "is_restart",
     "leaves",
     "module_state_of_grad",
     "requests_weight_gradient",
@@ -225,6 +228,11 @@ def compiling_name() -> str:
     """Name of the user's function whose frame is being compiled; empty outside of Dynamo, and for a module."""
     code = compiling_code()
     return "" if code is None or "_dynamo" in Path(code.co_filename).parts else str(code.co_name)
+
+
+def is_restart(error: BaseException) -> bool:
+    """Whether an error is Dynamo's way to trace the same frame once more."""
+    return isinstance(error, RestartAnalysis)
 
 
 def code_of(compiled: Any) -> Any:

@@ -97,7 +97,13 @@ def compile_graph(
     observer = Observer(report, options, _torch.compiling_name())
     observer.dynamo(backup, example_inputs)
     inner_compile = observer.compiling(inner_compile)
-    compiled = lower(gm, example_inputs, captured, options, report, inner_compile, observer, run_prologue=run_prologue)
+    try:
+        compiled = lower(
+            gm, example_inputs, captured, options, report, inner_compile, observer, run_prologue=run_prologue
+        )
+    except BaseException as error:
+        observer.abandon(error)
+        raise
     observer.finish()
     return compiled, report
 

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .report import Report
+
+NODES_DRAWN = 1500
+"""Nodes beyond which Graphviz takes minutes, and nobody looks at its picture."""
+
+PATIENCE = 60
+"""Seconds until Graphviz is given up."""
 
 _STYLES = {
     "removed": 'style="filled,dashed" fillcolor="#f4cccc"',
@@ -19,7 +27,7 @@ _STYLES = {
 def dot(report: Report) -> str:
     """A digraph in the DOT language: removed nodes dashed and red, narrowed or replaced ones yellow, hoisted ones blue.
 
-    ``dot -Tsvg graph.dot -o graph.svg`` draws it; beyond a few thousand nodes ``sfdp`` is faster.
+    ``dot -Tsvg graph.dot -o graph.svg`` draws it.
     """
     before, after = report.graphs["before"], report.graphs.get("after")
     narrowed = {change.node for change in report.narrowed}
@@ -42,3 +50,17 @@ def dot(report: Report) -> str:
             lines.append(f"  output{position} [label={json.dumps(f'output {position}: {role}')} shape=ellipse];")
             lines.append(f"  {json.dumps(value)} -> output{position};")
     return "\n".join([*lines, "}", ""])
+
+
+def svg(text: str) -> str | None:
+    """A digraph as a picture, ``None`` where Graphviz is not installed or does not manage it."""
+    command = shutil.which("dot")
+    if command is None:
+        return None
+    try:
+        done = subprocess.run(
+            [command, "-Tsvg"], input=text, capture_output=True, encoding="utf-8", timeout=PATIENCE, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout

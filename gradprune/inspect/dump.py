@@ -22,6 +22,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -66,6 +67,10 @@ class DumpFolder:
 
         with replacing(self.path / name) as temporary:
             write(temporary)
+
+    def discard(self) -> None:
+        """Delete the folder."""
+        shutil.rmtree(self.path, ignore_errors=True)
 
 
 def _claim(parent: Path, number: str, name: str) -> Path | None:

@@ -20,7 +20,7 @@ from ..options import Options
 from ..passes.pipeline import PassRecord
 from ..prologue import Split
 from ..step_graph import StepGraph
-from .dot import dot
+from .dot import NODES_DRAWN, dot, svg
 from .dump import VARIABLE, DumpFolder
 from .kernels import called_kernels
 from .program import program
@@ -207,6 +207,15 @@ class Observer:
         if self._folder is not None:
             self._write_report(self._folder)
 
+    @_harmless
+    def abandon(self, error: BaseException) -> None:
+        """The compilation ended in an error; Dynamo also uses one to begin anew, and then there is nothing to keep."""
+        if self._folder is not None and _torch.is_restart(error):
+            self._folder.discard()
+        elif self._folder is not None:
+            self.report.fallback = f"the compilation ended in an error: {error!r}"
+            self._write_report(self._folder)
+
     def _write_report(self, folder: DumpFolder) -> None:
         self._write_pictures(folder)
         folder.write("report.json", json.dumps(self.report.to_dict(), indent=1) + "\n")
@@ -216,7 +225,11 @@ class Observer:
     def _write_pictures(self, folder: DumpFolder) -> None:
         report = self.report
         if report.graphs:
-            folder.write("graph.dot", dot(report))
+            text = dot(report)
+            folder.write("graph.dot", text)
+            drawn = svg(text) if len(report.graphs["before"].nodes) <= NODES_DRAWN else None
+            if drawn is not None:
+                folder.write("graph.svg", drawn)
         if self._page.keys() == {"before", "after"}:
             from .page import write_page
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
+from .._torch import FakeTensorMode
 from ..errors import GradpruneError, OptionError
 from ..evaluation.models import DIGITS, FORMS, TIMM, ModelOptions, import_named, load_model
 from ..evaluation.vision import let_torchvision_import

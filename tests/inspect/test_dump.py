@@ -44,7 +44,7 @@ def test_every_stage_in_order(tmp_path: Path):
     assert sorted(path.name for path in folder.glob("[0-9]*.py")) == [
         f"{number:02d}.{stage}.py" for number, stage in enumerate(stages)
     ]
-    others = {path.name for path in folder.iterdir() if not path.name[0].isdigit()}
+    others = {path.name for path in folder.iterdir() if not path.name[0].isdigit()} - {"graph.svg"}
     assert others == {"repro.py", "report.json", "report.txt", "page.html", "graph.dot"}
     for path in folder.glob("*.py"):
         ast.parse(path.read_text(encoding="utf-8"))
@@ -82,6 +82,31 @@ def test_dot_shows_what_became_of_nodes(tmp_path: Path, no_code: None):
     assert "dashed" in lines[removed]
     assert "dashed" not in lines[kept]
     assert text.count("{") == text.count("}")
+
+
+@pytest.mark.parametrize(("status", "drawn"), [(0, True), (1, False)])
+def test_svg_where_graphviz_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_code: None, status: int, drawn: bool
+):
+    """A stand-in for it, which takes a graph and gives a picture, or fails."""
+    (tmp_path / "bin").mkdir()
+    stand_in = tmp_path / "bin" / "dot"
+    stand_in.write_text(f'#!/bin/sh\ntest "$1" = -Tsvg && grep -q digraph && echo "<svg/>"\nexit {status}\n')
+    stand_in.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    folder = folder_of(compiled(convolutional(), tmp_path / "dump"))
+    assert (folder / "graph.svg").exists() == drawn
+    if drawn:
+        assert (folder / "graph.svg").read_text() == "<svg/>\n"
+
+
+def test_symbolic_sizes(tmp_path: Path, no_code: None):
+    """Dynamo begins anew when it meets some; what it did before leaves no folder."""
+    step, args = convolutional()
+    run = gradprune.compile(step, dynamic=True, dump=tmp_path)
+    run(*args)
+    assert list(tmp_path.iterdir()) == [folder_of(report) for report in gradprune.reports(run)]
+    assert "('arg0_1', 'size', 2)" in (tmp_path / "graph-00-step" / "repro.py").read_text(encoding="utf-8")
 
 
 def test_several_graphs_have_a_folder_each(tmp_path: Path, no_code: None):
@@ -265,7 +290,8 @@ def test_the_graph_that_a_pass_left_behind(tmp_path: Path, monkeypatch: pytest.M
     torch._dynamo.reset()
     with pytest.raises(PassError, match="on purpose"):
         compiled(convolutional(), tmp_path, strict=True)
-    assert list(tmp_path.glob("graph-01-step/*.failed.py"))
+    (failed,) = tmp_path.glob("graph-01-step/*.failed.py")
+    assert "on purpose" in read(failed.parent)["fallback"]
 
 
 @pytest.mark.parametrize("value", [3, True, "", b"", ["a"]], ids=ascii)
