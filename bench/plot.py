@@ -30,6 +30,8 @@ from .record import (
 from .tables import kernel_classes, rates
 
 OURS, OTHERS, SECOND = "#c1272d", "#7f9fbf", "#d0d7de"
+COLORS = "#4d4d4d", "#7f9fbf", "#2a7f62", "#c98b2b"
+"""Of lines that are not ours, in their order."""
 COMPARED = ("step", "ablation", "attacks")
 LABELS = {
     "step": "times as fast as the best alternative (right of 1: faster), quartiles of the rounds",
@@ -190,19 +192,21 @@ def _by_steps(results: Results) -> Any:
     figure = _figure(12, 4.2 * len(cases))
     rows = figure.subplots(len(cases), 2, squeeze=False)
     for (times, ratios), (case, iterations) in zip(rows, cases.items(), strict=True):
-        for name in dict.fromkeys(name for one in iterations for name in one.measured):
+        for i, name in enumerate(dict.fromkeys(name for one in iterations for name in one.measured)):
             own = [one for one in iterations if name in one.measured]
-            style: dict[str, Any] = {"color": OURS, "linewidth": 2.2} if name == GRADPRUNE else {}
+            style: dict[str, Any] = (
+                {"color": OURS, "linewidth": 2.2} if name == GRADPRUNE else {"color": COLORS[i % len(COLORS)]}
+            )
             style.update({"linestyle": ":"} if name == EAGER_TRAINING else {})
             seconds = [one.measured[name].median for one in own]
-            (line,) = times.plot([one.steps for one in own], seconds, marker="o", markersize=3.5, label=name, **style)
+            times.plot([one.steps for one in own], seconds, marker="o", markersize=3.5, label=name, **style)
             known = [(one.steps, ratio) for one in own if (ratio := one.ratio(name, EAGER_TRAINING))]
             if name == EAGER_TRAINING or not known:
                 continue
-            at, style["color"] = [steps for steps, _ in known], line.get_color()
+            at = [steps for steps, _ in known]
             ratios.plot(at, [ratio.median for _, ratio in known], marker="o", markersize=3.5, label=name, **style)
             low, high = [ratio.low for _, ratio in known], [ratio.high for _, ratio in known]
-            ratios.fill_between(at, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+            ratios.fill_between(at, low, high, color=style["color"], alpha=0.15, linewidth=0)
         steps = [one.steps for one in iterations]
         predicted = [one.predicted_ratio for one in iterations]
         ratios.plot(steps, predicted, color="black", linewidth=0.9, linestyle="--", label="FLOPs say: (6K+6)/(4K+6)")

@@ -422,7 +422,7 @@ def _training(results: Results) -> list[str]:
             row += [f"{_figure(one.measured[best].median)} {best}" if best else "-"]
             summary.append([*row, ratio_text(one.ratio(GRADPRUNE, best), spread=True)])
         records = [record for one in iterations for record in one.records]
-        rounds, load = max(len(r.seconds) for r in records), max(r.load or 0 for r in records)
+        rounds, load = max((len(r.seconds) for r in records), default=0), max((r.load or 0 for r in records), default=0)
         about = f"{_attacked(find_case(case))}; up to {rounds} rounds; load average up to {load:.1f} at their start."
         body += [f"## {case}", about]
         body += list(dict.fromkeys(f"**{r.candidate} failed:** {r.failed}" for r in records if r.failed))
