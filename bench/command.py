@@ -36,7 +36,7 @@ All run in turn in one process. Each is first checked against float64 at two poi
 shown as failed and not timed. Everything is written as raw JSON with the environment, a Markdown table and a plot.
 
 "attacks" runs whole attacks instead, beside the same ones of Torchattacks where that is installed. "training" runs
-iterations of adversarial training: attack, forward and backward pass, update.
+iterations of adversarial training: attack, forward and backward pass, update. "objectives" trains with each.
 """
 
 EPILOG = """\
@@ -50,6 +50,7 @@ examples:
   gradprune bench attacks --cases mnist-cnn --attacks pgd-50  one whole attack, and the other two tables
   gradprune bench training --threads 2                        adversarial training by attack steps; 25 minutes
   gradprune bench training --cases mnist-cnn --attack-steps 7 one network, one number of steps
+  gradprune bench objectives --objectives plain pgd fast      train with three of the objectives
   gradprune bench table --output bench/results/cpu-1-thread   tables and plots again from the JSON there
 
 A run that was interrupted goes on where it stopped when it is started again: a case that is in the JSON with all
@@ -65,6 +66,7 @@ HELP = {
     "kernels": "the isolated-kernel limit: convolutions and linear layers alone, by every kernel at hand",
     "attacks": "whole attacks beside Torchattacks; what the runtime costs, and what the active set saves",
     "training": "seconds per iteration of PGD adversarial training, by the number of attack steps",
+    "objectives": "what every objective of adversarial training comes to on handwritten digits",
     "table": "write tables and plots again from JSON files, without measuring",
 }
 
@@ -106,6 +108,14 @@ def _add_options(parser: argparse.ArgumentParser, kind: str) -> None:
     below = "every folder" if kind == "table" else "one named after device and threads"
     add("--output", type=Path, metavar="DIR", help=f"where the files are (default: {below} in {RESULTS})")
     if kind == "table":
+        return
+    if kind == "objectives":
+        from .objectives import EPOCHS
+
+        add("--objectives", nargs="+", metavar="NAME", help="such as pgd, trades, free (default: all)")
+        add("--epochs", default=EPOCHS, help=f"for each (default: {EPOCHS})", **whole)
+        add("--threads", help="CPU threads (default: torch's choice)", **whole)
+        add("--fresh", action="store_true", help="begin the file anew instead of going on (default: off)")
         return
     if kind != "overhead":
         default = " ".join(DEFAULT_CASES.get(kind, ("all",)))
@@ -173,6 +183,11 @@ def run(arguments: argparse.Namespace) -> int:
     from .record import Results
     from .training import measure_training
 
+    objectives: list[str] = []
+    if arguments.kind == "objectives":
+        from .objectives import choose_objectives, measure_objectives
+
+        objectives = choose_objectives(arguments.objectives)
     # Whatever can be known to fail is found out here, not after minutes of measuring.
     kinds = ["kernels", "step"] if getattr(arguments, "limit", False) else [arguments.kind]
     settings = _settings(arguments)
@@ -180,7 +195,7 @@ def run(arguments: argparse.Namespace) -> int:
     keys = getattr(arguments, "candidates", None)
     baselines = ablations() if arguments.kind == "ablation" else choose(keys, settings.device)
     methods, parts = choose_methods(getattr(arguments, "attacks", None)), getattr(arguments, "parts", ())
-    digits = {"sklearn"} if "active-set" in parts else set()
+    digits = {"sklearn"} if "active-set" in parts or objectives else set()
     _check_packages({*EXTRAS, *digits, *(case.requires for case in cases if case.requires)})
     if arguments.kind != "kernels" and any(baseline.compiles for baseline in baselines):
         check_compiler()
@@ -197,7 +212,9 @@ def run(arguments: argparse.Namespace) -> int:
             if not arguments.fresh:
                 files[-1].resume()
         for results in files:
-            if results.kind == "training":
+            if objectives:
+                measure_objectives(results, objectives, arguments.epochs)
+            elif results.kind == "training":
                 measure_training(results, cases, arguments.attack_steps, budget)
             elif results.kind == "attacks":
                 measure_attacks(results, cases, methods, parts, budget)

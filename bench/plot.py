@@ -23,6 +23,7 @@ from .record import (
     Comparison,
     Contest,
     Iteration,
+    Learned,
     Ratio,
     Record,
     Results,
@@ -73,6 +74,8 @@ def save(path: Path, results: Results) -> None:
         figure = _lines(results)
     elif results.kind == "training":
         figure = _by_steps(results)
+    elif results.kind == "objectives":
+        figure = _by_epochs(results)
     else:
         panels = {case: _bars_of(results, case) for case in results.cases}
         figure = _bars({case: bars for case, bars in panels.items() if bars}, results.kind)
@@ -220,4 +223,25 @@ def _by_steps(results: Results) -> Any:
             axis.grid(alpha=0.25)
             axis.spines[["top", "right"]].set_visible(False)
             axis.legend(fontsize=8)
+    return figure
+
+
+def _by_epochs(results: Results) -> Any:
+    """Accuracy under attack and clean accuracy over the epochs, a line for each objective."""
+    figure = _figure(12, 4.4)
+    axes = figure.subplots(1, 2)
+    for i, record in enumerate(record for record in results.records if isinstance(record, Learned)):
+        epochs = range(1, len(record.robust) + 1)
+        style: dict[str, Any] = {"color": "0.4", "linestyle": ":"} if record.candidate == "plain" else {}
+        for axis, values in zip(axes, (record.robust, record.clean), strict=True):
+            shares = [100 * value for value in values]
+            axis.plot(epochs, shares, **{"color": COLORS[i % len(COLORS)], **style}, label=record.candidate)
+    for axis, title in zip(axes, ("under PGD-20", "clean"), strict=True):
+        axis.set_title(f"accuracy {title}, %", fontsize=10, loc="left")
+        axis.set_xlabel("epoch", fontsize=9)
+        axis.set_ylim(0, 102)
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    axes[1].legend(fontsize=8, frameon=False, loc="lower right")
     return figure

@@ -274,13 +274,39 @@ class Trained(Timed):
     load: float | None = None
 
 
-AnyRecord: TypeAlias = "Record | Kernels | Attacked | Trained"
+@dataclass(frozen=True)
+class Learned(Timed):
+    """What an objective of adversarial training has come to.
 
-KINDS: dict[str, type[Record] | type[Kernels] | type[Attacked] | type[Trained]] = {
+    Attributes:
+        case: The data.
+        candidate: Name of the objective.
+        failed: Why there are no figures; ``None`` if there are.
+        seconds: For every epoch, the seconds of its batches.
+        loss: For every epoch, the mean outer loss.
+        clean: For every epoch, the accuracy on held-out inputs behind it.
+        robust: The same under attack.
+        updates: How often the weights were updated.
+    """
+
+    case: str
+    candidate: str
+    failed: str | None = None
+    seconds: list[float] = field(default_factory=list)
+    loss: list[float] = field(default_factory=list)
+    clean: list[float] = field(default_factory=list)
+    robust: list[float] = field(default_factory=list)
+    updates: int = 0
+
+
+AnyRecord: TypeAlias = "Record | Kernels | Attacked | Trained | Learned"
+
+KINDS: dict[str, type[Record] | type[Kernels] | type[Attacked] | type[Trained] | type[Learned]] = {
     **dict.fromkeys(("step", "scaling", "ablation", "overhead", "compile"), Record),
     "kernels": Kernels,
     "attacks": Attacked,
     "training": Trained,
+    "objectives": Learned,
 }
 """By kind of run, and so by name of its file, what that holds."""
 
@@ -561,4 +587,6 @@ class Results:
             return Contest(self.records, one.part, one.case, one.attack).derived(one.candidate)
         if isinstance(one, Trained):
             return Iteration(self.records, one.case, one.steps).derived(one.candidate)
+        if isinstance(one, Learned):
+            return {"seconds": one.median}
         return Comparison(self.records, one.case).derived(one.candidate)
