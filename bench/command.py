@@ -116,6 +116,7 @@ def _add_options(parser: argparse.ArgumentParser, kind: str) -> None:
         add("--epochs", default=EPOCHS, help=f"for each (default: {EPOCHS})", **whole)
         add("--threads", help="CPU threads (default: torch's choice)", **whole)
         add("--fresh", action="store_true", help="begin the file anew instead of going on (default: off)")
+        parser.set_defaults(device="cpu", autocast=None, tf32=False, channels_last=False)
         return
     if kind != "overhead":
         default = " ".join(DEFAULT_CASES.get(kind, ("all",)))
@@ -308,6 +309,8 @@ def _cases(arguments: argparse.Namespace) -> list[Case]:
     """The cases asked for, each once."""
     from .cases import CASES, TINY, find_case
 
+    if arguments.kind == "objectives":
+        return []
     if arguments.kind == "overhead":
         return [TINY]
     every = DEFAULT_CASES.get(arguments.kind) or [case.name for case in CASES]

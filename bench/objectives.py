@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import OneCycleLR
@@ -38,7 +39,7 @@ EPS, STEPS, REPLAYS = 0.2, 7, 8
 BATCH, EPOCHS, LEARNING_RATE, SEED = 64, 20, 5e-3, 0
 CASE = "digits"
 
-ITERATED = {"eps": EPS, "step_size": EPS / 4, "steps": STEPS}
+ITERATED: dict[str, Any] = {"eps": EPS, "step_size": EPS / 4, "steps": STEPS}
 MAKE: dict[str, Callable[[], Objective]] = {
     "plain": Plain,
     "pgd": lambda: PGDTraining(attack=PGD(**ITERATED)),

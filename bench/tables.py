@@ -113,8 +113,8 @@ LEGENDS = {
 - clean, PGD-20: accuracy on held-out digits after the last epoch, as they are and under PGD of 20 steps in the Linf
   ball of 0.2 that was trained in. to plain, to pgd: difference of PGD-20 in points. best: the largest PGD-20 of any
   epoch. s an epoch: median, without evaluation.
-- pgd, trades, mart and awp attack with PGD of 7 steps; free uses each batch 8 times, so that all of these but awp,
-  which takes one pass more, run as many passes over a batch. Adam, one cycle of the learning rate, the same for all.""",
+- pgd, trades, mart and awp attack with PGD of 7 steps; free uses each batch 8 times, so that these run about as many
+  passes over a batch. Adam and one cycle of the learning rate, the same for all.""",
 }
 
 
