@@ -353,12 +353,12 @@ class Free(PGDTraining):
             kept = torch.cat([kept, torch.zeros_like(x[len(kept) :])])
         delta = attack.ball.project(kept[: len(x)], attack.eps)
         for _ in range(self.replays):
-            delta = delta.detach().requires_grad_(True)
-            outcome = engine.backward(x, attack.clip(x + delta), y)
-            assert delta.grad is not None
-            with torch.no_grad():
-                moved = delta + attack.step_length * attack.ball.normalize(delta.grad)
-                delta = attack.ball.project(moved, attack.eps)
+            # Not through the clipping, or pixels that an earlier image's perturbation moved out of bounds would stay there.
+            x_adv = attack.clip(x + delta).requires_grad_(True)
+            outcome = engine.backward(x, x_adv, y)
+            assert x_adv.grad is not None
+            moved = delta + attack.step_length * attack.ball.normalize(x_adv.grad)
+            delta = attack.ball.project(moved, attack.eps)
             engine.update()
         engine.state[DELTA] = torch.cat([delta, kept[len(x) :]])
         return outcome

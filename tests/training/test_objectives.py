@@ -131,9 +131,9 @@ def awp(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor
 def shafahi(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> Tensor:
     noise = torch.zeros_like(x)
     for _ in range(3):
-        noise = noise.detach().requires_grad_(True)
-        loss = descend(optimizer, F.cross_entropy(model((x + noise).clamp(0, 1)), y))
-        noise = (noise.detach() + EPS * noise.grad.sign()).clamp(-EPS, EPS)
+        x_adv = (x + noise).clamp(0, 1).requires_grad_(True)
+        loss = descend(optimizer, F.cross_entropy(model(x_adv), y))
+        noise = (noise + EPS * x_adv.grad.sign()).clamp(-EPS, EPS)
     return loss
 
 
@@ -187,6 +187,17 @@ def test_free_carries_its_perturbation_on() -> None:
     assert torch.equal(trainer.state["delta"][5:], first[5:])
     assert not torch.equal(trainer.state["delta"][:5], first[:5])
     assert trainer.updates == 4
+
+
+def test_free_moves_what_another_image_has_moved_out_of_bounds() -> None:
+    model = network()
+    trainer = AdversarialTrainer(
+        model, torch.optim.SGD(model.parameters(), 0.0), Free(attack=FGSM(eps=EPS), replays=2), compile=False
+    )
+    x, y = batch()
+    trainer.state["delta"] = torch.full_like(x, -EPS)
+    trainer.step(torch.zeros_like(x), y)  # where every pixel is at its bound, and beyond with this perturbation
+    assert not (trainer.state["delta"] == -EPS).all(dim=(1, 2, 3)).any()
 
 
 def test_awp_leaves_no_trace_of_its_perturbation() -> None:
