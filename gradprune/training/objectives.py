@@ -353,7 +353,7 @@ class Free(PGDTraining):
             kept = torch.cat([kept, torch.zeros_like(x[len(kept) :])])
         delta = attack.ball.project(kept[: len(x)], attack.eps)
         for _ in range(self.replays):
-            # Not through the clipping, or pixels that an earlier image's perturbation moved out of bounds would stay there.
+            # Not through the clipping, or pixels that an earlier image's perturbation moved out of bounds stay there.
             x_adv = attack.clip(x + delta).requires_grad_(True)
             outcome = engine.backward(x, x_adv, y)
             assert x_adv.grad is not None
