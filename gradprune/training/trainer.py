@@ -183,16 +183,21 @@ class AdversarialTrainer:
 
         Raises:
             AttackError: The inputs are unfit, see ``Attack.__call__``. Nothing has changed.
-            TrainingError: The loss is NaN or infinite. The weights are those before this update.
+            TrainingError: The loss is NaN or infinite, or no weight gets a gradient. Weights and buffers are those of
+                before.
         """
         if not self._pending:
             self.optimizer.zero_grad()
         self.largest_batch = max(self.largest_batch, len(x))
+        statistics = list(self.statistics.adversarial.values()) if self.statistics else []
+        buffers = [(buffer, buffer.clone()) for buffer in (*self.model.buffers(), *statistics)]
         try:
             loss, logits = self.objective.iterate(self, x, y)
         except BaseException:
             self.optimizer.zero_grad()
             self._pending = 0
+            for buffer, before in buffers:  # batch norm has seen what made the loss NaN
+                buffer.copy_(before)
             raise
         self.iterations += 1
         return Metrics(loss, (logits.argmax(1) == y).sum(), len(x))
@@ -280,6 +285,10 @@ class AdversarialTrainer:
         if self._pending < self.accumulate:
             return
         self._pending = 0
+        if all(weight.grad is None for weight in self.weights):
+            raise TrainingError(
+                "no weight has got a gradient: pass the model itself, not one that was compiled for attacks"
+            )
         if self.clip is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.weights, self.clip)

@@ -14,7 +14,8 @@ from torch._dynamo.utils import counters
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from gradprune import AttackError, OptionError, TrainingError
+import gradprune
+from gradprune import AttackError, OptionError, TrainingError, TrainingStepError
 from gradprune.attacks import FGSM, PGD, Runtime
 from gradprune.runtime.functions import Functions
 from gradprune.training import AWP, MART, TRADES, AdversarialTrainer, Free, LinearEps, NearPGD, PGDTraining, Plain
@@ -243,18 +244,30 @@ def test_autocast(dtype: torch.dtype) -> None:
 # --- Bad input, and what must not be touched --------------------------------------------------------------------------
 
 
-def test_nan_loss_leaves_the_weights() -> None:
+def test_nan_loss_leaves_weights_and_statistics() -> None:
     model = network()
     trainer = trainer_of(model, Plain())
     trainer.step(*batch())
-    before = copy.deepcopy(dict(model.named_parameters()))
+    before = copy.deepcopy(model.state_dict())
     x, y = batch()
     x[3] = torch.nan
     with pytest.raises(TrainingError, match="the loss is nan after 1 updates"):
         trainer.step(x, y)
-    assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(weight.grad is None for weight in model.parameters())
     trainer.step(*batch())  # it can go on
+
+
+def test_model_that_was_compiled_for_attacks() -> None:
+    model = network()
+    accelerated = gradprune.accelerate(model)
+    for objective, error, message in (
+        (AT, TrainingStepError, "use the model that was not compiled"),
+        (Free(), TrainingError, "no weight has got a gradient: pass the model itself"),
+    ):
+        trainer = AdversarialTrainer(accelerated, torch.optim.SGD(model.parameters(), 0.1), objective, compile=False)
+        with pytest.raises(error, match=message):
+            trainer.step(*batch())
 
 
 def test_bad_batch_leaves_the_trainer() -> None:
