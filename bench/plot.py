@@ -235,7 +235,7 @@ def _by_epochs(results: Results) -> Any:
         style: dict[str, Any] = {"color": "0.4", "linestyle": ":"} if record.candidate == "plain" else {}
         for axis, values in zip(axes, (record.robust, record.clean), strict=True):
             shares = [100 * value for value in values]
-            axis.plot(epochs, shares, **{"color": COLORS[i % len(COLORS)], **style}, label=record.candidate)
+            axis.plot(epochs, shares, **{"color": f"C{i}", **style}, label=record.candidate)
     for axis, title in zip(axes, ("under PGD-20", "clean"), strict=True):
         axis.set_title(f"accuracy {title}, %", fontsize=10, loc="left")
         axis.set_xlabel("epoch", fontsize=9)
