@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from types import FunctionType, MethodType
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,10 @@ class Outer(nn.Module):
         self._objective = objective
         self._autocast = autocast
         self.statistics = None if statistics is None else statistics.adversarial
+        # Dynamo allows a few compilations for each code object, so each trainer has one of its own.
+        plain: Any = Outer.forward
+        own = FunctionType(plain.__code__.replace(), plain.__globals__, plain.__name__, closure=plain.__closure__)
+        self.forward = MethodType(own, self)  # type: ignore[method-assign]
 
     def forward(self, x: Tensor, x_adv: Tensor, y: Tensor) -> Outcome:
         """See ``Objective.loss``."""
