@@ -140,7 +140,8 @@ def test_killed_at_random_moments(kind: str, tmp_path: Path) -> None:
         assert process.exitcode == -signal.SIGKILL, "the training ended before it was killed ten times"
         for file in folder.glob("*.pt"):
             torch.load(file, weights_only=True)
-        positions.append(read_checkpoint(folder / "last.pt")["iterations"])
+        saved = read_checkpoint(folder / "last.pt")
+        positions.append((saved["iterations"], saved["progress"]["epoch"]))
     assert positions == sorted(set(positions)), "each went on from where the one before was killed"
     last = start(folder)
     last.join()
