@@ -113,8 +113,9 @@ def _without_seconds(record: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("kind", ["awp", "free", "fp16"])
-def test_killed_at_random_moments(kind: str, tmp_path: Path) -> None:
+def test_killed_at_random_moments(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     processes = multiprocessing.get_context("forkserver")
+    monkeypatch.setenv("PYTHONPATH", str(Path(killed.__file__).parent))  # the server does not get sys.path in time
     processes.set_forkserver_preload(["killed"])
 
     def start(folder: Path) -> Any:
