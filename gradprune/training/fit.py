@@ -289,8 +289,8 @@ class Fit:
         check_settings(path, saved["settings"], self._settings)
         self.progress = Progress(**saved["progress"])
         self.history = History(**saved["history"])
-        if self.patience is not None:  # it may have another value than before
-            self.history.stopped_early = self.progress.stale >= self.patience
+        # It may have another value than before.
+        self.history.stopped_early = self.patience is not None and self.progress.stale >= self.patience
         self.trainer.load_state_dict(saved)
         return parallel.scatter(saved["random"])  # type: ignore[no-any-return]
 

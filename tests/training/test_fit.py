@@ -260,6 +260,7 @@ def test_early_stop(tmp_path: Path) -> None:
     assert [record["best"] for record in history.epochs] == [True, False, False]
     again = trainer_of(lr=0.0).fit(loader(), 9, validation=loader(24), patience=2, folder=tmp_path)
     assert len(again.epochs) == 3
+    assert len(trainer_of(lr=0.0).fit(loader(), 4, validation=loader(24), folder=tmp_path).epochs) == 4
 
 
 def test_plain_training_is_evaluated_on_clean_inputs() -> None:
