@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Generic, TypeAlias, TypeVar
 
 from gradprune.demo.files import write_json
 from gradprune.errors import OptionError
@@ -334,13 +334,40 @@ class Ratio:
         return Ratio(statistics.median(ratios), *quartiles(ratios))
 
 
-def _ratio(measured: Mapping[str, Timed], candidate: str, baseline: str | None) -> Ratio | None:
-    if baseline is None or baseline not in measured or candidate not in measured:
-        return None
-    return Ratio.paired(measured[baseline].seconds, measured[candidate].seconds)
+T = TypeVar("T", bound=Timed)
 
 
-class Comparison:
+class Compared(Generic[T]):
+    """Timed records that can be compared with each other.
+
+    Attributes:
+        measured: By their candidates.
+    """
+
+    measured: Mapping[str, T]
+
+    def ratio(self, candidate: str, baseline: str | None) -> Ratio | None:
+        """How many times as fast as ``baseline`` a candidate is, ``None`` if one of them was not timed."""
+        if baseline is None or baseline not in self.measured or candidate not in self.measured:
+            return None
+        return Ratio.paired(self.measured[baseline].seconds, self.measured[candidate].seconds)
+
+    def fastest(self, candidates: Sequence[str]) -> str | None:
+        """The fastest of some candidates by the medians."""
+        timed = [name for name in candidates if name in self.measured]
+        return min(timed, key=lambda name: self.measured[name].median, default=None)
+
+    def figures(self, candidate: str) -> dict[str, Any]:
+        """What follows from a candidate's seconds, for the readers of a JSON file."""
+        ratios = {name: self.ratio(candidate, name) for name in self.measured}
+        return {
+            "median_seconds": self.measured[candidate].median,
+            "iqr_seconds": self.measured[candidate].iqr,
+            "ratios": {name: asdict(ratio) for name, ratio in ratios.items() if ratio},
+        }
+
+
+class Comparison(Compared[Record]):
     """The timed records of one case.
 
     Args:
@@ -356,12 +383,7 @@ class Comparison:
     @property
     def best_alternative(self) -> str | None:
         """The fastest alternative by the medians."""
-        candidates = [name for name in ALTERNATIVES if name in self.measured]
-        return min(candidates, key=lambda name: self.measured[name].median, default=None)
-
-    def ratio(self, candidate: str, baseline: str | None) -> Ratio | None:
-        """How many times as fast as ``baseline`` a candidate is, ``None`` if one of them was not timed."""
-        return _ratio(self.measured, candidate, baseline)
+        return self.fastest(ALTERNATIVES)
 
     def predicted_ratio(self, candidate: str) -> float | None:
         """How many times as fast as ``eager backward()`` it would be if only FLOPs counted."""
@@ -384,18 +406,15 @@ class Comparison:
         """All of this for the readers of a JSON file."""
         if candidate not in self.measured:
             return {}
-        ratios = {name: self.ratio(candidate, name) for name in self.measured}
         return {
-            "median_seconds": self.measured[candidate].median,
-            "iqr_seconds": self.measured[candidate].iqr,
-            "ratios": {name: asdict(ratio) for name, ratio in ratios.items() if ratio},
+            **self.figures(candidate),
             "best_alternative": self.best_alternative,
             "break_even_steps": self.break_even(candidate),
             "predicted_ratio": self.predicted_ratio(candidate),
         }
 
 
-class Contest:
+class Contest(Compared[Attacked]):
     """The records of one attack on one case, in all the ways it was run.
 
     Args:
@@ -421,10 +440,6 @@ class Contest:
         keys = dict.fromkeys((one.case, one.attack) for one in found if case in (None, one.case))
         return [Contest(found, part, *key) for key in keys]
 
-    def ratio(self, candidate: str, baseline: str) -> Ratio | None:
-        """How many times as fast as ``baseline`` a candidate is, ``None`` if one of them was not timed."""
-        return _ratio(self.measured, candidate, baseline)
-
     @property
     def work(self) -> float | None:
         """How many times as many inputs gradprune shows the network as Torchattacks does."""
@@ -436,17 +451,14 @@ class Contest:
         if candidate not in self.measured:
             return {}
         record = self.measured[candidate]
-        ratios = {name: self.ratio(candidate, name) for name in self.measured}
         return {
-            "median_seconds": record.median,
-            "iqr_seconds": record.iqr,
-            "ratios": {name: asdict(ratio) for name, ratio in ratios.items() if ratio},
+            **self.figures(candidate),
             "compile_seconds": record.compile_seconds,
             "outside_share": record.outside_share,
         }
 
 
-class Iteration:
+class Iteration(Compared[Trained]):
     """The records of one iteration of adversarial training on one case, in all the ways it was written.
 
     Args:
@@ -476,23 +488,14 @@ class Iteration:
     @property
     def best_alternative(self) -> str | None:
         """The fastest alternative by the medians."""
-        candidates = [name for name in RIVAL_TRAININGS if name in self.measured]
-        return min(candidates, key=lambda name: self.measured[name].median, default=None)
-
-    def ratio(self, candidate: str, baseline: str | None) -> Ratio | None:
-        """How many times as fast as ``baseline`` a candidate is, ``None`` if one of them was not timed."""
-        return _ratio(self.measured, candidate, baseline)
+        return self.fastest(RIVAL_TRAININGS)
 
     def derived(self, candidate: str) -> dict[str, Any]:
         """All that follows from the figures, for the readers of a JSON file."""
         if candidate not in self.measured:
             return {}
-        record = self.measured[candidate]
-        ratios = {name: self.ratio(candidate, name) for name in self.measured}
         return {
-            "median_seconds": record.median,
-            "iqr_seconds": record.iqr,
-            "ratios": {name: asdict(ratio) for name, ratio in ratios.items() if ratio},
+            **self.figures(candidate),
             "best_alternative": self.best_alternative,
             "predicted_ratio": self.predicted_ratio,
         }
