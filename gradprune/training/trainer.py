@@ -20,7 +20,6 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from ..attacks import Attack, Runtime
 from ..errors import OptionError, TrainingError
 from ..options import unknown
-from ..runtime.guard import unchanged
 from . import parallel
 from .fit import Fit, History, checked_batches
 from .objectives import Free, Objective, Outcome
@@ -189,15 +188,13 @@ class AdversarialTrainer:
         if not self._pending:
             self.optimizer.zero_grad()
         self.largest_batch = max(self.largest_batch, len(x))
-        statistics = list(self.statistics.adversarial.values()) if self.statistics else []
-        buffers = [(buffer, buffer.clone()) for buffer in (*self.model.buffers(), *statistics)]
+        buffers = self._buffers()
         try:
             loss, logits = self.objective.iterate(self, x, y)
         except BaseException:
             self.optimizer.zero_grad()
             self._pending = 0
-            for buffer, before in buffers:  # batch norm has seen what made the loss NaN
-                buffer.copy_(before)
+            _restore(buffers)  # batch norm has seen what made the loss NaN
             raise
         self.iterations += 1
         return Metrics(loss, (logits.argmax(1) == y).sum(), len(x))
@@ -243,17 +240,19 @@ class AdversarialTrainer:
         before = [weight.grad for weight in self.weights]
         for weight in self.weights:
             weight.grad = None
-        statistics = list(self.statistics.adversarial.values()) if self.statistics else []
-        copies = [value.clone() for value in statistics]
+        buffers = self._buffers()
         try:
-            with unchanged(self.model, "keep"):
-                self._backward(x, x_adv, y)
+            self._backward(x, x_adv, y)
             return [weight.grad for weight in self.layers()]
         finally:
-            for value, copy in zip(statistics, copies, strict=True):
-                value.copy_(copy)
+            _restore(buffers)
             for weight, gradient in zip(self.weights, before, strict=True):
                 weight.grad = gradient
+
+    def _buffers(self) -> list[tuple[Tensor, Tensor]]:
+        """All that a forward pass may write to, with a copy of each."""
+        statistics = self.statistics.adversarial.values() if self.statistics else ()
+        return [(buffer, buffer.clone()) for buffer in (*self.model.buffers(), *statistics)]
 
     def layers(self) -> list[nn.Parameter]:
         """The weights of layers, without biases and normalisation."""
@@ -334,15 +333,15 @@ class AdversarialTrainer:
         Returns:
             Shares from 0 to 1; the second is ``None`` without an attack.
         """
-        runtime = replace(self._runtime, mode="eval")
+        runtime = self._sized(replace(self._runtime, mode="eval"))
         counts = torch.zeros(3, dtype=torch.int64)
         with self.averaged() as model:
             for x, y in checked_batches(loader, self.device):
-                with self._sized(runtime).attack(model, x) as query:
+                with runtime.attack(model, x) as query:
                     counts[0] += len(x)
                     counts[1] += (query.logits(x).argmax(1) == y).sum().cpu()
                     if attack is not None:
-                        x_adv = attack(model, x, y, runtime=self._sized(runtime))
+                        x_adv = attack(model, x, y, runtime=runtime)
                         counts[2] += (query.logits(x_adv).argmax(1) == y).sum().cpu()
         samples, clean, robust = parallel.sum_counts(counts).tolist()
         if not samples:
@@ -468,6 +467,12 @@ class AdversarialTrainer:
         self.state = {name: value.to(self.device) for name, value in own.items()}
         self.iterations, self.updates = state["iterations"], state["updates"]
         self.largest_batch = state["largest_batch"]
+
+
+def _restore(buffers: Iterable[tuple[Tensor, Tensor]]) -> None:
+    with torch.no_grad():
+        for buffer, before in buffers:
+            buffer.copy_(before)
 
 
 @contextmanager
