@@ -243,6 +243,6 @@ def _by_epochs(results: Results) -> Any:
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
         axis.xaxis.get_major_locator().set_params(integer=True)
-    if results.records:
+    if axes[1].lines:
         axes[1].legend(fontsize=8, frameon=False, loc="lower right")
     return figure
