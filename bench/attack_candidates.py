@@ -31,21 +31,13 @@ from gradprune.attacks import (
     Runtime,
     Square,
 )
-from gradprune.demo.attack import Step
-from gradprune.errors import GradpruneError, OptionError
-from gradprune.evaluation.vision import let_torchvision_import
-from gradprune.options import unknown
+from gradprune.errors import GradpruneError, OptionError, unknown
+from gradprune.workloads.vision import let_torchvision_import
 
+from .attack_step import Step
 from .baselines import DTYPES, Baseline, Contender
 from .cases import SEED, Case, Workload
-from .record import (
-    GRADPRUNE,
-    TORCHATTACKS,
-    TORCHATTACKS_COMPILED,
-    TORCHATTACKS_FROZEN,
-    UNCOMPILED,
-    Settings,
-)
+from .record import GRADPRUNE, TORCHATTACKS, TORCHATTACKS_COMPILED, TORCHATTACKS_FROZEN, UNCOMPILED, Settings
 
 CLASSES = 10
 """DeepFool of Torchattacks looks at all classes. With ten of them that is what gradprune's does by default."""

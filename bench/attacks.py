@@ -17,17 +17,17 @@ from torch.nn import functional as F
 
 from gradprune.attacks import FAB, PGD, Attack, AutoAttack, Runtime, TargetedAPGD
 from gradprune.attacks.norms import get_norm
-from gradprune.demo import measure as figures
-from gradprune.demo.attack import attack as take_steps
-from gradprune.demo.candidates import start_compiler
-from gradprune.demo.digits import load_digits
-from gradprune.demo.progress import counter, stage
 from gradprune.runtime import Query
 from gradprune.runtime.functions import Functions, Sized
+from gradprune.support.progress import counter, stage
+from gradprune.workloads.digits import load_digits
 
+from . import timing as figures
 from .attack_candidates import Method, our_contender, ways, whole, with_ten_classes
+from .attack_step import attack as take_steps
 from .baselines import Baseline, Contender, choose
 from .cases import SEED, Case, Workload
+from .demo_candidates import start_compiler
 from .measure import MIN_ROUNDS, Budget, CheckFailed, load_average, reason, synchronize, time_rounds
 from .record import ACTIVE_SET, BARE_STEP, FULL_BATCH, NOTHING_DROPPED, RUNTIME, Attacked, Results, Settings
 

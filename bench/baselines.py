@@ -22,13 +22,13 @@ import torch._dynamo
 from torch import Tensor
 from torch.nn import functional as F
 
-from gradprune.demo.attack import Model, Step
-from gradprune.demo.candidates import Candidate
-from gradprune.errors import OptionError
-from gradprune.options import Options, unknown
+from gradprune.compiler.options import Options
+from gradprune.errors import OptionError, unknown
 from gradprune.passes.pipeline import PASS_NAMES
 
+from .attack_step import Model, Step
 from .cases import Case, MnistCnn, Workload
+from .demo_candidates import Candidate
 from .record import (
     COMPILED_MODEL,
     COMPILED_STEP,

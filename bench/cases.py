@@ -17,10 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gradprune.demo.models import BRANCH_SCALE
-from gradprune.errors import OptionError
-from gradprune.evaluation.vision import let_torchvision_import
-from gradprune.options import unknown
+from gradprune.errors import OptionError, unknown
+from gradprune.workloads.networks import BRANCH_SCALE
+from gradprune.workloads.vision import let_torchvision_import
 
 SEED = 0
 CALIBRATION_SEED = 10_000

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import gradprune
-from gradprune.demo.progress import stage
+from gradprune.support.progress import stage
 
 from .baselines import Baseline, choose
 from .cases import Case, find_case

@@ -9,8 +9,7 @@ from contextlib import contextmanager
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from gradprune.demo.attack import Step
-
+from .attack_step import Step
 from .cases import Case, MnistCnn
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gradprune.demo.progress import counter
+from gradprune.support.progress import counter
 
 from .baselines import DTYPES
 from .cases import Case

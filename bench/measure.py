@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from gradprune.demo import measure as figures
-from gradprune.demo.attack import Step, attack
-from gradprune.demo.candidates import start_compiler
-from gradprune.demo.environment import environment
-from gradprune.demo.progress import counter, stage
+from gradprune.support.environment import environment
+from gradprune.support.progress import counter, stage
 
+from . import timing as figures
+from .attack_step import Step, attack
 from .baselines import DTYPES, Baseline, Contender, move, pgd_step
 from .cases import Case, Workload
+from .demo_candidates import start_compiler
 from .record import ALTERNATIVES, BASELINES, EAGER_BACKWARD, Record, Settings
 
 MIN_ROUNDS = 3

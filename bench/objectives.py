@@ -14,11 +14,8 @@ from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader, TensorDataset
 
 from gradprune.attacks import FGSM, PGD, RSFGSM
-from gradprune.demo.digits import load_digits
-from gradprune.demo.models import DigitsNet
-from gradprune.demo.progress import stage
-from gradprune.errors import OptionError
-from gradprune.options import unknown
+from gradprune.errors import OptionError, unknown
+from gradprune.support.progress import stage
 from gradprune.training import (
     AWP,
     MART,
@@ -32,6 +29,8 @@ from gradprune.training import (
     PGDTraining,
     Plain,
 )
+from gradprune.workloads.digits import load_digits
+from gradprune.workloads.networks import DigitsNet
 
 from .record import Learned, Results
 

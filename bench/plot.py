@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gradprune.demo.files import replacing
+from gradprune.support.files import replacing
 
 from .cases import find_case
 from .record import (

@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeAlias, TypeVar
 
-from gradprune.demo.files import write_json
 from gradprune.errors import OptionError
+from gradprune.support.files import write_json
 
 EAGER_BACKWARD = "eager backward()"
 EAGER_GRAD = "eager autograd.grad"

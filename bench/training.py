@@ -24,13 +24,13 @@ from torch.nn import functional as F
 from torch.optim import SGD, Optimizer
 
 from gradprune.attacks import PGD
-from gradprune.demo.attack import Step, attack
-from gradprune.demo.candidates import start_compiler
-from gradprune.demo.progress import counter, stage
+from gradprune.support.progress import counter, stage
 from gradprune.training import AdversarialTrainer, PGDTraining
 
+from .attack_step import Step, attack
 from .baselines import DTYPES, Contender, move, pgd_step
 from .cases import SEED, Case, Workload
+from .demo_candidates import start_compiler
 from .measure import Budget, CheckFailed, load_average, peak_bytes, reason, synchronize, time_rounds
 from .record import (
     COMPILED_GRADIENT,

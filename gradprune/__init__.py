@@ -3,36 +3,33 @@
 step = torch.compile(attack_step, backend="gradprune")
 """
 
-from importlib.metadata import PackageNotFoundError, version
+from __future__ import annotations
 
-from .torch_version import check_version
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-check_version()  # before anything imports a private part of torch
+if TYPE_CHECKING:
+    from .backend import compile, reports
+    from .compiler.hoisted_step import invalidate
+    from .compiler.options import Options
+    from .errors import (
+        AttackError,
+        CompileError,
+        DoubleBackwardError,
+        GradpruneError,
+        NoPerturbationError,
+        OptionError,
+        PassError,
+        TrainingError,
+        TrainingStepError,
+        UnsupportedTorchError,
+        WeightGradientError,
+    )
+    from .inspect.explain import explain
+    from .report.report import Report
+    from .runtime.accelerate import accelerate
 
-from .accelerate import accelerate  # noqa: E402
-from .backend import reports  # noqa: E402
-from .compile import compile, explain  # noqa: E402
-from .errors import (  # noqa: E402
-    AttackError,
-    CompileError,
-    DoubleBackwardError,
-    GradpruneError,
-    NoPerturbationError,
-    OptionError,
-    PassError,
-    TrainingError,
-    TrainingStepError,
-    UnsupportedTorchError,
-    WeightGradientError,
-)
-from .inspect.report import Report  # noqa: E402
-from .options import Options  # noqa: E402
-from .prologue import invalidate  # noqa: E402
-
-try:
-    __version__ = version("gradprune")
-except PackageNotFoundError:  # run from a source tree that was never installed
-    __version__ = "0+unknown"
+    __version__: str
 
 __all__ = [
     "AttackError",
@@ -55,3 +52,37 @@ __all__ = [
     "invalidate",
     "reports",
 ]
+
+_HOMES = {
+    "Options": "compiler.options",
+    "Report": "report.report",
+    "accelerate": "runtime.accelerate",
+    "compile": "backend",
+    "explain": "inspect.explain",
+    "invalidate": "compiler.hoisted_step",
+    "reports": "backend",
+}
+"""Where names are found that are not errors. They are looked up when asked for: ``gradprune --help`` needs no torch."""
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return _version()
+    if name not in __all__:
+        raise AttributeError(f"module 'gradprune' has no attribute {name!r}")
+    value = getattr(import_module(f"gradprune.{_HOMES.get(name, 'errors')}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("gradprune")
+    except PackageNotFoundError:  # run from a source tree that was never installed
+        return "0+unknown"

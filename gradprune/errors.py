@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 try:
     from torch._dynamo.exc import ShortenTraceback
 except ImportError:  # a torch so old that all there is to raise is UnsupportedTorchError
@@ -57,3 +60,11 @@ class AttackError(GradpruneError, ValueError):
 
 class TrainingError(GradpruneError):
     """Training cannot go on, or not from this checkpoint."""
+
+
+def unknown(kind: str, name: object, valid: Iterable[str]) -> str:
+    """Say that ``name`` is not among ``valid``, and which one was probably meant."""
+    valid = list(valid)
+    near = difflib.get_close_matches(str(name), valid, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"valid: {', '.join(sorted(valid)[:12])}"
+    return f"no {kind} {name!r}: {hint}"

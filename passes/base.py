@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch import fx
 
-from ..step_graph import StepGraph, overload_name, source_line
+from gradprune.graph.step_graph import StepGraph, overload_name, source_line
 
 
 class Tier(enum.Enum):

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 
 import torch
 
-from .._torch import computes_in_channels_last
-from ..analysis.invariance import invariant_nodes
-from ..step_graph import StepGraph, tensor_of
+from gradprune.graph.build import Builder
+from gradprune.graph.invariance import invariant_nodes
+from gradprune.graph.step_graph import StepGraph, tensor_of
+from gradprune.torch_compat.inductor import computes_in_channels_last
+
 from .base import Change, PassResult, Tier
-from .build import Builder
 
 aten = torch.ops.aten
 

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..step_graph import StepGraph, tensor_of
+from gradprune.graph.step_graph import StepGraph, tensor_of
+
 from .base import Change, PassResult, Tier
 from .dce import eliminate_dead_code
 from .narrow_outputs import used_outputs

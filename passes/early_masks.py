@@ -24,9 +24,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..analysis.regions import BACKWARD, backward_nodes
-from ..ops import realize, unpack_mask
-from ..step_graph import StepGraph, tensor_of
+from gradprune.graph.regions import BACKWARD, backward_nodes
+from gradprune.graph.step_graph import StepGraph, tensor_of
+from gradprune.ops import realize, unpack_mask
+
 from .base import Change, PassResult, Tier
 from .dce import eliminate_dead_code
 

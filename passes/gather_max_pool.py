@@ -25,8 +25,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..ops import max_pool_backward
-from ..step_graph import StepGraph, tensor_of
+from gradprune.graph.step_graph import StepGraph, tensor_of
+from gradprune.ops import max_pool_backward
+
 from .base import Change, PassResult, Tier
 from .dce import eliminate_dead_code
 

@@ -5,7 +5,7 @@
 
 This is loop-invariant code motion out of the loop over the steps of an attack. The pass merges equal invariant values
 (common subexpressions, so that each is computed and kept once) and lists what is to be hoisted; the graph is split when
-it is compiled, see ``gradprune/prologue.py``. Legal for every pure operator whose operands are weights that the step
+it is compiled, see ``compiler/split.py``. Legal for every pure operator whose operands are weights that the step
 does not write, or values hoisted already. Applies to the step form: a model called from outside has no loop that is
 known. It does not hoist what depends on the clean images, nor views, which cost nothing. Exact.
 """
@@ -20,8 +20,9 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_flatten
 
-from ..analysis.invariance import hoisted_values, invariant_nodes
-from ..step_graph import StepGraph
+from gradprune.graph.invariance import hoisted_values, invariant_nodes
+from gradprune.graph.step_graph import StepGraph
+
 from .base import Change, PassResult, Tier
 
 

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from ..step_graph import StepGraph
+from gradprune.graph.step_graph import StepGraph
+
 from .base import Change, PassResult, Tier
 from .dce import is_removable
 from .rules import is_unnarrowable, rule_for

@@ -6,8 +6,9 @@ import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
-from ..errors import PassError
-from ..step_graph import StepGraph
+from gradprune.errors import PassError
+from gradprune.graph.step_graph import StepGraph
+
 from . import fold_batch_norm
 from .base import Pass, PassResult, Tier
 from .channels_last_weights import ChannelsLastWeights

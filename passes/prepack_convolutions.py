@@ -27,15 +27,16 @@ from typing import Any
 import torch
 from torch import fx
 
-from .._torch import size_hint
-from ..analysis.cost import DIRECT_FLOPS, convolution_flops
-from ..analysis.invariance import invariant_nodes
-from ..ops import pack_convolution, packed_convolution, realize, subpixel_weight
-from ..ops.subpixel import subpixel
-from ..ops.winograd import winograd_convolution
-from ..step_graph import StepGraph, tensor_of
+from gradprune.graph.build import Builder
+from gradprune.graph.cost import DIRECT_FLOPS, convolution_flops
+from gradprune.graph.invariance import invariant_nodes
+from gradprune.graph.step_graph import StepGraph, tensor_of
+from gradprune.ops import pack_convolution, packed_convolution, realize, subpixel_weight
+from gradprune.ops.subpixel import subpixel
+from gradprune.ops.winograd import winograd_convolution
+from gradprune.torch_compat.aot import size_hint
+
 from .base import Change, PassResult, Tier
-from .build import Builder
 from .dce import eliminate_dead_code
 
 aten = torch.ops.aten

@@ -17,13 +17,14 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from .._torch import size_hint
-from ..analysis.invariance import invariant_nodes
-from ..analysis.timing import is_faster
-from ..ops import pack_linear, packed_linear
-from ..step_graph import StepGraph, tensor_of
+from gradprune.graph.build import Builder
+from gradprune.graph.invariance import invariant_nodes
+from gradprune.graph.step_graph import StepGraph, tensor_of
+from gradprune.ops import pack_linear, packed_linear
+from gradprune.ops.kernel_choice import is_faster
+from gradprune.torch_compat.aot import size_hint
+
 from .base import Change, PassResult, Tier
-from .build import Builder
 from .dce import eliminate_dead_code
 from .prepack_convolutions import is_computed_by_onednn
 

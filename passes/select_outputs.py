@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from ..step_graph import OutputRole, StepGraph
+from gradprune.graph.step_graph import OutputRole, StepGraph
+
 from .base import Change, PassResult, Tier
 from .dce import eliminate_dead_code
 

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..analysis.regions import BACKWARD
-from ..step_graph import StepGraph, tensor_of
+from gradprune.graph.regions import BACKWARD
+from gradprune.graph.step_graph import StepGraph, tensor_of
+
 from .base import Change, PassResult, Tier
 from .dce import eliminate_dead_code
 

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 
 import torch
 
-from ..ops import mm
-from ..step_graph import StepGraph, tensor_of
+from gradprune.graph.build import Builder
+from gradprune.graph.step_graph import StepGraph, tensor_of
+from gradprune.ops import mm
+
 from .base import Change, PassResult, Tier
-from .build import Builder
 
 aten = torch.ops.aten
 

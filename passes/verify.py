@@ -11,8 +11,8 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
 
-from ..errors import PassError
-from ..step_graph import OutputRole, StepGraph, overload_name, tensor_of
+from gradprune.errors import PassError
+from gradprune.graph.step_graph import OutputRole, StepGraph, overload_name, tensor_of
 
 
 class Verifier:

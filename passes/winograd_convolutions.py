@@ -17,14 +17,15 @@ from dataclasses import dataclass
 
 import torch
 
-from .._torch import size_hint
-from ..analysis.cost import DIRECT_FLOPS, convolution_flops
-from ..analysis.invariance import invariant_nodes
-from ..analysis.timing import is_faster
-from ..ops import pack_convolution, packed_convolution, winograd
-from ..step_graph import StepGraph, tensor_of
+from gradprune.graph.build import Builder
+from gradprune.graph.cost import DIRECT_FLOPS, convolution_flops
+from gradprune.graph.invariance import invariant_nodes
+from gradprune.graph.step_graph import StepGraph, tensor_of
+from gradprune.ops import pack_convolution, packed_convolution, winograd
+from gradprune.ops.kernel_choice import is_faster
+from gradprune.torch_compat.aot import size_hint
+
 from .base import Change, PassResult, Tier
-from .build import Builder
 from .prepack_convolutions import Convolution
 
 aten = torch.ops.aten

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from helpers import interpreted
 
 from gradprune.passes import prepack_convolutions
 
@@ -22,3 +23,10 @@ def independent() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def no_code() -> Iterator[None]:
+    """Graphs go through all of gradprune and are then run as they are; no kernels are generated."""
+    with interpreted():
+        yield

@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 import gradprune.backend
-from gradprune.evaluation.vision import let_torchvision_import
+from gradprune.workloads.vision import let_torchvision_import
 
 # --- Attack steps -----------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,8 @@
 ``base`` holds what all have in common, ``norms`` what makes one threat model another; the rest is a file per family.
 """
 
-from ..runtime import Runtime
+from gradprune.runtime import Runtime
+
 from .apgd import APGD, TargetedAPGD
 from .auto_attack import AutoAttack
 from .base import Attack

@@ -13,11 +13,11 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from ..errors import OptionError
-from ..options import unknown
-from ..runtime import Query
-from ..runtime.functions import Answer
-from ..runtime.losses import Loss
+from gradprune.errors import OptionError, unknown
+from gradprune.runtime import Query
+from gradprune.runtime.functions import Answer
+from gradprune.runtime.losses import Loss
+
 from .base import TWO_SIDED, Attack, check_finite, check_start, per_sample
 from .norms import Norm, NormName, get_norm
 

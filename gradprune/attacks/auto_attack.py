@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import AttackError, OptionError
-from ..runtime import Query
+from gradprune.errors import AttackError, OptionError
+from gradprune.runtime import Query
+
 from .apgd import APGD, TargetedAPGD
 from .base import Attack, check_finite
 from .fab import FAB

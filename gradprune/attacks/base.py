@@ -12,11 +12,10 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from ..errors import AttackError, OptionError
-from ..options import unknown
-from ..runtime import Query, Runtime
-from ..runtime.functions import Answer
-from ..runtime.losses import LABEL_LOSSES, Loss
+from gradprune.errors import AttackError, OptionError, unknown
+from gradprune.runtime import Query, Runtime
+from gradprune.runtime.functions import Answer
+from gradprune.runtime.losses import LABEL_LOSSES, Loss
 
 Target = Literal["given", "least-likely", "second-best", "random"]
 

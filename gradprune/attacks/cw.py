@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import OptionError
-from ..runtime import Query
+from gradprune.errors import OptionError
+from gradprune.runtime import Query
+
 from .base import Attack, check_finite, per_sample
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8

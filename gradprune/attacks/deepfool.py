@@ -12,9 +12,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..errors import OptionError
-from ..options import unknown
-from ..runtime import Query
+from gradprune.errors import OptionError, unknown
+from gradprune.runtime import Query
+
 from .base import Attack, check_finite, per_sample
 
 BEYOND = 1e-4

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..errors import OptionError
-from ..runtime import Query
+from gradprune.errors import OptionError
+from gradprune.runtime import Query
+
 from .base import Attack, check_finite, per_sample
 from .norms import Norm, NormName, get_norm
 

@@ -12,8 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..errors import OptionError
-from ..options import unknown
+from gradprune.errors import OptionError, unknown
 
 NormName = Literal["linf", "l2", "l1"]
 

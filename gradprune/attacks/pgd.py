@@ -9,11 +9,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..errors import OptionError
-from ..options import unknown
-from ..runtime import Query
-from ..runtime.functions import Answer
-from ..runtime.losses import LABEL_LOSSES, Loss
+from gradprune.errors import OptionError, unknown
+from gradprune.runtime import Query
+from gradprune.runtime.functions import Answer
+from gradprune.runtime.losses import LABEL_LOSSES, Loss
+
 from .base import Attack, check_start, per_sample
 from .norms import Norm, NormName, get_norm
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import AttackError, OptionError
-from ..runtime import Query
+from gradprune.errors import AttackError, OptionError
+from gradprune.runtime import Query
+
 from .apgd import project_l1
 from .base import Attack, check_finite, per_sample
 from .norms import Norm, NormName, get_norm

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..errors import OptionError
-from ..runtime import Query
-from ..runtime.functions import Answer
+from gradprune.errors import OptionError
+from gradprune.runtime import Query
+from gradprune.runtime.functions import Answer
+
 from .base import per_sample
 from .pgd import BIM
 

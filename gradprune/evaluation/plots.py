@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from ..demo.files import replacing
-from .attacks import CLEAN
+from gradprune.attacks.registry import CLEAN
+from gradprune.support.files import replacing
+
 from .records import Record
 from .tables import eps_text, groups
 

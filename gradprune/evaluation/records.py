@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from ..demo.files import replacing, write_json
-from ..errors import GradpruneError
+from gradprune.errors import GradpruneError
+from gradprune.support.files import replacing, write_json
 
 RECORD, EXAMPLES = "record.json", "adversarial.npz"
 Arrays = dict[str, np.ndarray[Any, Any]]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .attacks import ATTACKS, CLEAN
-from .evaluate import TOP
+from gradprune.attacks.registry import ATTACKS, CLEAN
+
 from .records import Record
+from .run import TOP
 
 LEGEND = """\
 - robust: share of the samples that the model classifies as labelled both before and after the attack.

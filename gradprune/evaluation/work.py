@@ -11,14 +11,15 @@ from typing import Any
 
 import torch
 
-from ..attacks import Attack
-from ..demo.environment import environment
-from ..demo.files import write_text
-from .attacks import CLEAN, Clean, label_of
-from .distributed import Ranks
-from .evaluate import Subject, collect, compute, record_of, settings_of
+from gradprune.attacks import Attack
+from gradprune.attacks.registry import CLEAN, Clean, label_of
+from gradprune.support.distributed import Ranks
+from gradprune.support.environment import environment
+from gradprune.support.files import write_text
+
 from .plots import can_draw, examples_of, save_accuracy, save_examples, title_of
 from .records import EXAMPLES, Place, Record, key_of, read_arrays, read_records
+from .run import Subject, collect, compute, record_of, settings_of
 from .tables import document, eps_text, order, text
 
 PICTURES = 4
@@ -183,7 +184,7 @@ def _title(job: Job) -> str:
 @contextmanager
 def _bar(description: str, total: int, *, shown: bool) -> Iterator[Callable[[], object]]:
     """A progress bar on standard error, if this process shows one; yields what moves it."""
-    from ..demo.progress import counter
+    from gradprune.support.progress import counter
 
     if not shown:
         yield lambda: None

@@ -8,7 +8,7 @@ import subprocess
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .report import Report
+    from gradprune.report.report import Report
 
 NODES_DRAWN = 1500
 """Nodes beyond which Graphviz takes minutes, and nobody looks at its picture."""

@@ -26,7 +26,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from ..demo.files import write_text
+from gradprune.support.files import write_text
 
 VARIABLE = "GRADPRUNE_DUMP"
 
@@ -63,7 +63,7 @@ class DumpFolder:
 
     def write_with(self, name: str, write: Callable[[Path], object]) -> None:
         """Have one file written by a function that is given the path."""
-        from ..demo.files import replacing
+        from gradprune.support.files import replacing
 
         with replacing(self.path / name) as temporary:
             write(temporary)

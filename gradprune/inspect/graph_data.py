@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..analysis.cost import count_flops, flops_by_node
-from ..analysis.invariance import hoisted_values
-from ..analysis.liveness import is_view, live_bytes, peak_bytes, saved_readers, tensor_bytes, total_bytes
-from ..analysis.regions import backward_nodes, descendants, weight_gradient_nodes, weight_only_nodes
-from ..passes.pipeline import count_ops
-from ..step_graph import OutputRole, StepGraph, overload_name, source_line
+from gradprune.graph.cost import count_flops, flops_by_node
+from gradprune.graph.invariance import hoisted_values
+from gradprune.graph.liveness import is_view, live_bytes, peak_bytes, saved_readers, tensor_bytes, total_bytes
+from gradprune.graph.regions import backward_nodes, descendants, weight_gradient_nodes, weight_only_nodes
+from gradprune.graph.step_graph import OutputRole, StepGraph, overload_name, source_line
+from gradprune.passes.pipeline import count_ops
 
 INPUTS, UPDATE, BEFORE_MODEL, AFTER_MODEL = "(inputs)", "(update)", "(before the model)", "(after the model)"
 """Where nodes are listed that belong to no module."""

@@ -15,18 +15,19 @@ from typing import Any, Concatenate, ParamSpec
 import torch
 from torch import fx
 
-from .. import _torch
-from ..options import Options
-from ..passes.pipeline import PassRecord
-from ..prologue import Split
-from ..step_graph import StepGraph
+from gradprune.compiler.options import Options
+from gradprune.compiler.split import Split
+from gradprune.graph.step_graph import StepGraph
+from gradprune.passes.pipeline import PassRecord
+from gradprune.report.kernels import called_kernels
+from gradprune.report.report import Report
+from gradprune.report.snapshot import INPUT_ROLES, OUTPUT_ROLES
+from gradprune.torch_compat import aot, dynamo
+
 from .dot import NODES_DRAWN, dot, svg
 from .dump import VARIABLE, DumpFolder
-from .kernels import called_kernels
 from .program import program
-from .report import Report
 from .repro import CONSTANTS, INPUTS, Repro
-from .snapshot import INPUT_ROLES, OUTPUT_ROLES
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +96,7 @@ class Observer:
     def dynamo(self, graph: fx.Graph, examples: Sequence[Any]) -> None:
         """The graph that Dynamo captured, before anything is done to it."""
         self._examples = examples
-        self._sources = [_torch.source_name(node) for node in graph.find_nodes(op="placeholder")]
+        self._sources = [dynamo.source_name(node) for node in graph.find_nodes(op="placeholder")]
         if self._folder is not None:
             self._folder.write_stage("dynamo.py", program(graph, "captured", ["What Dynamo captured.", _version()]))
 
@@ -112,20 +113,20 @@ class Observer:
         self._names = {node.name for node in step_graph.graph.nodes}
         header = [f"The captured graph, forward and backward: {self.report.ops['before']} operators.", _version()]
         self._show("captured", step_graph, header)
-        _torch.trace_artifact("gradprune_captured", "string", lambda: self._program("captured", step_graph, header))
+        dynamo.trace_artifact("gradprune_captured", "string", lambda: self._program("captured", step_graph, header))
         if self._folder is None:
             return
         named = {}
         for node in step_graph.inputs:
             descriptor = node.meta.get("desc")
-            if isinstance(descriptor, _torch.PlainAOTInput):
+            if isinstance(descriptor, aot.PlainAOTInput):
                 named[node.name] = self._examples[descriptor.idx]
-        with _torch.without_modes():
+        with aot.without_modes():
             self._repro = Repro.of(step_graph, named)
             tensors = {
                 name: value.detach()
                 for name, value in named.items()
-                if isinstance(value, torch.Tensor) and not _torch.is_fake(value)
+                if isinstance(value, torch.Tensor) and not aot.is_fake(value)
             }
             if self._repro.constants:
                 self._folder.write_with(CONSTANTS, functools.partial(torch.save, self._repro.constants))
@@ -146,7 +147,7 @@ class Observer:
     def pruned(self, step_graph: StepGraph) -> None:
         """All passes have run."""
         header = [f"After all passes: {self.report.ops['after']} operators.", _version()]
-        _torch.trace_artifact("gradprune_pruned", "string", lambda: self._program("pruned", step_graph, header))
+        dynamo.trace_artifact("gradprune_pruned", "string", lambda: self._program("pruned", step_graph, header))
         if self._folder is not None:
             if self._repro is not None:
                 self._folder.write("repro.py", self._repro.script(step_graph.graph))
@@ -167,7 +168,7 @@ class Observer:
             ("step", parts.step, "The step, with the prologue's values as its last inputs."),
         ):
             text = functools.partial(program, module.graph, name, [what, _version()])
-            _torch.trace_artifact(f"gradprune_{name}", "string", text)
+            dynamo.trace_artifact(f"gradprune_{name}", "string", text)
             if self._folder is not None:
                 self._folder.write_stage(f"{name}.py", text())
 
@@ -202,15 +203,15 @@ class Observer:
         self._finished = True
         report = self.report
         log.info("%s%s", report.summary(), f", written to {report.dump}" if report.dump else "")
-        _torch.trace_artifact("gradprune_report", "json", lambda: json.dumps(report.to_dict(), indent=1))
-        _torch.trace_artifact("gradprune_report_text", "string", lambda: str(report))
+        dynamo.trace_artifact("gradprune_report", "json", lambda: json.dumps(report.to_dict(), indent=1))
+        dynamo.trace_artifact("gradprune_report_text", "string", lambda: str(report))
         if self._folder is not None:
             self._write_report(self._folder)
 
     @_harmless
     def abandon(self, error: BaseException) -> None:
         """The compilation ended in an error; Dynamo also uses one to begin anew, and then there is nothing to keep."""
-        if self._folder is not None and _torch.is_restart(error):
+        if self._folder is not None and dynamo.is_restart(error):
             self._folder.discard()
         elif self._folder is not None:
             self.report.fallback = f"the compilation ended in an error: {error!r}"
@@ -246,7 +247,7 @@ class Observer:
     def _source(self, node: fx.Node) -> str:
         """How the user's code reaches an input, as Dynamo has it."""
         descriptor = node.meta.get("desc")
-        return self._sources[descriptor.idx] if isinstance(descriptor, _torch.PlainAOTInput) else ""
+        return self._sources[descriptor.idx] if isinstance(descriptor, aot.PlainAOTInput) else ""
 
     def _show(self, name: str, step_graph: StepGraph, header: Sequence[str]) -> None:
         """Write one stage to the log and the dump."""

@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from .report import Report
+from gradprune.report.report import Report
 
 TITLES = {"step": "attack step, one graph", "model": "model, backward called from outside"}
 KINDS = ("removed", "narrowed", "hoisted", "skipped")

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from .._torch import is_fake, size_hint
-from ..step_graph import StepGraph
+from gradprune.graph.step_graph import StepGraph
+from gradprune.report.snapshot import INPUT_ROLES, OUTPUT_ROLES
+from gradprune.torch_compat.aot import is_fake, size_hint
+
 from .program import function, runnable
-from .snapshot import INPUT_ROLES, OUTPUT_ROLES
 
 INPUTS, CONSTANTS = "inputs.pt", "constants.pt"
 

@@ -24,7 +24,8 @@ from torch._inductor import ir
 from torch._inductor.lowering import fallback_handler, register_lowering
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .._torch import compile_cpp
+from gradprune.torch_compat.inductor import compile_cpp
+
 from .library import LIBRARY
 
 log = logging.getLogger(__name__)

@@ -3,6 +3,6 @@
 Attacks ask it for gradients and logits and know nothing of compilation; ``Runtime`` says how these are computed.
 """
 
-from .runtime import Query, Runtime
+from .query import Query, Runtime
 
 __all__ = ["Query", "Runtime"]

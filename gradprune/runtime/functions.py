@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..compile import compile as compile_step
+from gradprune.backend import compile as compile_step
 
 Answer = tuple[Tensor, Tensor, Tensor]
 """Losses ``(N,)``, logits ``(N, classes)`` and the gradient of the sum of the losses, shaped like the inputs."""

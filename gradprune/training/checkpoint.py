@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..demo.files import replacing
-from ..errors import TrainingError
+from gradprune.errors import TrainingError
+from gradprune.support.files import replacing
 
 FORMAT = "gradprune training checkpoint"
 VERSION = 1

@@ -1,4 +1,4 @@
-"""Data to train on and to validate with, in torch's own terms, over the readers of ``gradprune.evaluation.data``."""
+"""Data to train on and to validate with, in torch's own terms, over the readers in ``workloads``."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, RandomSampler
 
-from ..errors import OptionError
-from ..evaluation.data import Data, DataOptions, load_data
-from ..evaluation.distributed import Ranks
+from gradprune.errors import OptionError
+from gradprune.support.distributed import Ranks
+from gradprune.workloads.data_sets import Data, DataOptions, load_data
 
 TRAIN, VALIDATION = "train", "val"
 """Sub-folders of a folder of images that is divided already."""

@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..attacks import PGD, Attack
-from ..errors import GradpruneError, OptionError, TrainingError
+from gradprune.attacks import PGD, Attack
+from gradprune.errors import GradpruneError, OptionError, TrainingError
+
 from . import parallel
 from .checkpoint import (
     FORMAT,

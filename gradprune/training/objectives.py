@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..attacks import FGSM, PGD, RSFGSM, Attack
-from ..errors import OptionError
+from gradprune.attacks import FGSM, PGD, RSFGSM, Attack
+from gradprune.errors import OptionError
 
 Model = Callable[[Tensor], Tensor]
 

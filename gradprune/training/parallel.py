@@ -27,7 +27,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..errors import OptionError
+from gradprune.errors import OptionError
+
 from .outer import Outer
 
 if TYPE_CHECKING:

@@ -17,9 +17,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from ..attacks import Attack, Runtime
-from ..errors import OptionError, TrainingError
-from ..options import unknown
+from gradprune.attacks import Attack, Runtime
+from gradprune.errors import OptionError, TrainingError, unknown
+
 from . import parallel
 from .fit import Fit, History, checked_batches
 from .objectives import Free, Objective, Outcome
@@ -81,7 +81,7 @@ class AdversarialTrainer:
         accumulate: Batches whose gradients are averaged for an update.
         ema: Decay of an exponential moving average of the weights, see ``averaged``; ``None`` for none.
         compile: Compile both steps; ``False`` runs them eagerly, the attack with frozen weights.
-        options: For the compilation of the attack, see ``gradprune.options.Options``.
+        options: For the compilation of the attack, see ``gradprune.Options``.
         parallel: ``"auto"`` trains with all processes of ``torch.distributed``, if it is initialised, see
             ``gradprune.training.parallel``; the batches of a process are its share. ``"none"`` leaves that to you.
         replica: Only for a model that is sharded by ``fully_shard``: a copy of it, made before. Attacks run on it.

@@ -19,11 +19,11 @@ from typing import Any, Protocol, TextIO
 import torch
 from torch import Tensor, nn
 
-from ..attacks import Attack, Runtime
-from ..demo.files import write_text
-from ..errors import GradpruneError, OptionError
-from ..evaluation.plots import can_draw, figure_of, save_figure
-from ..runtime.guard import unchanged
+from gradprune.attacks import Attack, Runtime
+from gradprune.errors import GradpruneError, OptionError
+from gradprune.evaluation.plots import can_draw, figure_of, save_figure
+from gradprune.runtime.guard import unchanged
+from gradprune.support.files import write_text
 
 METRICS, CURVES, TENSORBOARD = "metrics.jsonl", "curves.png", "tensorboard"
 EVERY = 10

@@ -8,7 +8,7 @@ import pytest
 import torch
 from digit_networks import DigitNetworks, train_networks
 
-from gradprune.demo.digits import Digits, load_digits
+from gradprune.workloads.digits import Digits, load_digits
 
 
 @pytest.fixture(scope="session")

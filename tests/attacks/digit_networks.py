@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gradprune.attacks import FGSM, PGD, Attack
-from gradprune.demo.digits import Digits
+from gradprune.workloads.digits import Digits
 
 TRAINING_EPS = 0.15
 EPOCHS = 10

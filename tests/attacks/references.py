@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gradprune.evaluation.vision import let_torchvision_import
+from gradprune.workloads.vision import let_torchvision_import
 
 let_torchvision_import()
 

@@ -13,7 +13,7 @@ from references import ArtClassifier, art
 from torch import Tensor, nn
 
 from gradprune.attacks import APGD, BIM, CW, FGSM, MIFGSM, PGD, Attack, DeepFool
-from gradprune.demo.digits import Digits
+from gradprune.workloads.digits import Digits
 
 Theirs = Callable[[ArtClassifier], Any]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gradprune.attacks import FGSM, NORMS, PGD
-from gradprune.demo.digits import Digits
+from gradprune.workloads.digits import Digits
 
 EPS = {"linf": 0.1, "l2": 0.8, "l1": 4.0}
 STEPS = 8

@@ -10,19 +10,7 @@ from attack_testing import CLASSES, EAGER, labels_of
 from references import torchattacks
 from torch import Tensor, nn
 
-from gradprune.attacks import (
-    BIM,
-    DIFGSM,
-    FGSM,
-    MIFGSM,
-    NIFGSM,
-    PGD,
-    SINIFGSM,
-    TIFGSM,
-    VMIFGSM,
-    VNIFGSM,
-    Attack,
-)
+from gradprune.attacks import BIM, DIFGSM, FGSM, MIFGSM, NIFGSM, PGD, SINIFGSM, TIFGSM, VMIFGSM, VNIFGSM, Attack
 
 EPS, STEP_SIZE, STEPS = 0.1, 0.03, 6
 OURS = {"eps": EPS, "step_size": STEP_SIZE, "steps": STEPS}

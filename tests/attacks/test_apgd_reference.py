@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gradprune.attacks import APGD, TargetedAPGD
 from gradprune.attacks.apgd import project_l1
-from gradprune.demo.digits import Digits
+from gradprune.workloads.digits import Digits
 
 EPS = {"linf": 0.1, "l2": 0.6}
 THEIR_NORM = {"linf": "Linf", "l2": "L2"}

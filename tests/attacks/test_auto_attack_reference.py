@@ -10,7 +10,7 @@ from references import torchattacks
 from torch import Tensor, nn
 
 from gradprune.attacks import AutoAttack
-from gradprune.demo.digits import Digits
+from gradprune.workloads.digits import Digits
 
 STEPS = {"plain": 40, "fgsm": 20, "pgd": 20}
 QUERIES = 150

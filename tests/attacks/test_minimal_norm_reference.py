@@ -10,7 +10,7 @@ from references import foolbox, torchattacks
 from torch import Tensor, nn
 
 from gradprune.attacks import CW, FAB, DeepFool
-from gradprune.demo.digits import Digits
+from gradprune.workloads.digits import Digits
 
 
 def median_norm(model: nn.Module, x_adv: Tensor, x: Tensor, y: Tensor, norm: str) -> float:

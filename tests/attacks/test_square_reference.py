@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gradprune.attacks import Square, square
-from gradprune.demo.digits import Digits
+from gradprune.workloads.digits import Digits
 
 EPS = {"linf": 0.15, "l2": 1.0}
 THEIR_NORM = {"linf": "Linf", "l2": "L2"}

@@ -35,7 +35,7 @@ from gradprune.bench.record import (
     Results,
     Settings,
 )
-from gradprune.cli import main
+from gradprune.cli.main import main
 from gradprune.errors import GradpruneError, OptionError
 from gradprune.runtime import Query
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gradprune.bench import baselines, cases, command, first_step, kernels, measure, plot, record, tables
+from gradprune.bench import baselines, cases, first_step, kernels, measure, plot, record, tables
 from gradprune.bench.baselines import Baseline, Contender, pgd_step
 from gradprune.bench.cases import CASES, TINY, Case, find_case
 from gradprune.bench.record import (
@@ -28,10 +28,11 @@ from gradprune.bench.record import (
     Results,
     Settings,
 )
-from gradprune.cli import main
+from gradprune.cli import bench as command
+from gradprune.cli.main import main
 from gradprune.errors import OptionError
-from gradprune.evaluation.vision import let_torchvision_import
 from gradprune.passes.pipeline import PASS_NAMES
+from gradprune.workloads.vision import let_torchvision_import
 
 EAGER = ["backward", "grad", "frozen"]
 HERE = {"cpu": "A processor", "blas": "mkl", "onednn": "3", "torch": "2"}
@@ -531,7 +532,7 @@ def test_an_interrupted_run_keeps_what_is_finished(tmp_path: Path, monkeypatch: 
 
 def test_batches_and_default_cases() -> None:
     def names(*arguments: str) -> list[str]:
-        from gradprune.cli import build_parser
+        from gradprune.cli.main import build_parser
 
         return [case.name for case in command._cases(build_parser().parse_args(["bench", *arguments]))]
 

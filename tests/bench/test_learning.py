@@ -10,7 +10,7 @@ import pytest
 from gradprune import OptionError
 from gradprune.bench import objectives, plot, tables
 from gradprune.bench.record import Learned, Results, Settings
-from gradprune.cli import main
+from gradprune.cli.main import main
 from gradprune.training import OBJECTIVES
 
 HERE = {"cpu": "A processor", "blas": "mkl", "onednn": "3", "torch": "2"}

@@ -28,7 +28,7 @@ from gradprune.bench.record import (
     Trained,
 )
 from gradprune.bench.training import Reference, Trainee
-from gradprune.cli import main
+from gradprune.cli.main import main
 
 HERE = {"cpu": "A processor", "blas": "mkl", "onednn": "3", "torch": "2"}
 EAGER = (EAGER_TRAINING, FROZEN_TRAINING)

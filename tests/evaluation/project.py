@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from gradprune.cli import main
+from gradprune.cli.main import main
 
 SOURCE = """
 import torch

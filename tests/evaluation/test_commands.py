@@ -16,12 +16,12 @@ import torch
 from project import SOURCE, Project
 
 from gradprune.attacks import APGD, FAB, PGD, Attack, AutoAttack
-from gradprune.cli import main
+from gradprune.attacks.registry import ATTACKS
+from gradprune.cli.main import main
 from gradprune.errors import AttackError, GradpruneError
-from gradprune.evaluation import evaluate
-from gradprune.evaluation.attacks import ATTACKS
-from gradprune.evaluation.distributed import Ranks
+from gradprune.evaluation import run as evaluate
 from gradprune.evaluation.records import read_arrays, write_arrays
+from gradprune.support.distributed import Ranks
 
 QUICK_AUTOATTACK = (
     "--attack",

@@ -10,7 +10,7 @@ from project import Project
 from torch import nn
 
 from gradprune.errors import OptionError
-from gradprune.evaluation.models import ModelOptions, Normalized, fingerprint, load_checkpoint, load_model
+from gradprune.workloads.models import ModelOptions, Normalized, fingerprint, load_checkpoint, load_model
 
 
 def net(width: int = 4) -> nn.Module:

@@ -10,10 +10,10 @@ from helpers import step_by_backward
 from torch import nn
 
 import gradprune
-from gradprune import lower
+from gradprune.compiler import lower
+from gradprune.graph.step_graph import StepGraph
 from gradprune.inspect.graph_data import graph_data
-from gradprune.inspect.report import Report
-from gradprune.step_graph import StepGraph
+from gradprune.report.report import Report
 
 Graph = dict[str, Any]
 

@@ -7,31 +7,21 @@ import errno
 import logging
 import multiprocessing
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import interpreted
 from steps import compiled, convolutional, folder_of, images, network, read
 from torch import Tensor
 from torch._dynamo.utils import counters
 
 import gradprune
-from gradprune.demo import files
 from gradprune.errors import OptionError, PassError
 from gradprune.inspect import dump as dump_module
 from gradprune.passes.early_masks import EarlyMasks
 from gradprune.passes.pipeline import PASS_NAMES
-
-
-@pytest.fixture
-def no_code() -> Iterator[None]:
-    """Graphs go through all of gradprune and are then run as they are; no kernels are generated."""
-    with interpreted():
-        yield
-
+from gradprune.support import files
 
 # --- What is in it ----------------------------------------------------------------------------------------------------
 

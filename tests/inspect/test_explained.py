@@ -9,23 +9,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import eager_flops, interpreted, step_by_backward
+from helpers import eager_flops, step_by_backward
 from steps import Tokens, compiled, convolutional, images, network, tokens, training_mode
 from torch import Tensor, nn
 
 import gradprune
 from gradprune import GradpruneError
-from gradprune.inspect.analyse import analyse, count_frozen_compile
-from gradprune.inspect.kernels import Kernel, called_kernels
-from gradprune.options import Options
-
-
-@pytest.fixture
-def no_code() -> Iterator[None]:
-    """Graphs go through all of gradprune and are then run as they are; no kernels are generated."""
-    with interpreted():
-        yield
-
+from gradprune.compiler.options import Options
+from gradprune.inspect.explain import analyse, count_frozen_compile
+from gradprune.report.kernels import Kernel, called_kernels
 
 # --- One screen -------------------------------------------------------------------------------------------------------
 

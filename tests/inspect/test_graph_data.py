@@ -11,7 +11,7 @@ from capture import Graph, by_name, graphs_of, step_graphs
 from torch import Tensor, nn
 from zoo import ZOO
 
-from gradprune.inspect.report import Report
+from gradprune.report.report import Report
 
 
 class Block(nn.Module):

@@ -19,12 +19,12 @@ from browser import Browser, find_browser
 from capture import Graph, step_graphs
 from torch import Tensor, nn
 
-from gradprune.evaluation.vision import let_torchvision_import
 from gradprune.inspect import page as page_module
 from gradprune.inspect.page import page, write_page
-from gradprune.inspect.report import Report
 from gradprune.passes.base import Change, PassResult, Tier
 from gradprune.passes.pipeline import PassRecord
+from gradprune.report.report import Report
+from gradprune.workloads.vision import let_torchvision_import
 
 Graphs = tuple[Report, Graph, Graph]
 

@@ -130,14 +130,14 @@ def test_entry_points(built: Built):
     parser = configparser.ConfigParser()
     parser.read_string(built.metadata("entry_points.txt"))
     assert dict(parser["torch_dynamo_backends"]) == {"gradprune": "gradprune.backend:gradprune"}
-    assert dict(parser["console_scripts"]) == {"gradprune": "gradprune.cli:main"}
+    assert dict(parser["console_scripts"]) == {"gradprune": "gradprune.cli.main:main"}
 
 
 def test_wheel_works_where_it_is_unpacked(built: Built, tmp_path: Path):
     code = f"""
 import sys
 sys.path.insert(0, {str(built.unpacked)!r})
-import gradprune, gradprune.bench.command, gradprune.passes.pipeline, gradprune.cli
+import gradprune, gradprune.cli.bench, gradprune.passes.pipeline, gradprune.cli.main
 from importlib.metadata import entry_points
 print(gradprune.passes.__file__)
 print(len(gradprune.passes.rules.RULES) > 0)

@@ -8,14 +8,14 @@ from pass_testing import apply, captured, find
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from gradprune._torch import computes_in_channels_last
-from gradprune.analysis.invariance import hoisted_values
+from gradprune.graph.invariance import hoisted_values
 from gradprune.passes import channels_last_weights
 from gradprune.passes.channels_last_weights import ChannelsLastWeights
 from gradprune.passes.dgrad_as_convolution import DgradAsConvolution
 from gradprune.passes.hoist_invariants import HoistInvariants
 from gradprune.passes.narrow_outputs import NarrowOutputs
 from gradprune.passes.select_outputs import SelectOutputs
+from gradprune.torch_compat.inductor import computes_in_channels_last
 
 aten = torch.ops.aten
 

@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from pass_testing import Applied, Builder, apply, aten, captured, find
 from torch.testing import FileCheck
 
+from gradprune.graph.step_graph import StepGraph
 from gradprune.passes.base import Tier
 from gradprune.passes.dgrad_as_convolution import DgradAsConvolution
 from gradprune.passes.narrow_outputs import NarrowOutputs
 from gradprune.passes.select_outputs import SelectOutputs
-from gradprune.step_graph import StepGraph
 
 CONVOLUTIONS: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
     # shapes of input and weight, and the convolution's options

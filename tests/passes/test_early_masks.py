@@ -6,11 +6,11 @@ from pass_testing import Builder, apply, aten, captured, find
 from torch import fx, nn
 from torch.testing import FileCheck
 
-from gradprune.analysis.regions import BACKWARD
+from gradprune.graph.regions import BACKWARD
+from gradprune.graph.step_graph import Form, StepGraph
 from gradprune.ops import realize, unpack_mask
 from gradprune.passes.early_masks import EarlyMasks
 from gradprune.passes.pipeline import run_passes, select_passes
-from gradprune.step_graph import Form, StepGraph
 
 
 def gradient(b: Builder) -> fx.Node:

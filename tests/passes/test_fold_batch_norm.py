@@ -13,11 +13,12 @@ from torch import Tensor, fx, nn
 from torch.testing import FileCheck
 
 import gradprune
-from gradprune import _torch, lower
-from gradprune.lower import copy_graph
+from gradprune.compiler import lower
+from gradprune.compiler.lower import copy_graph
 from gradprune.passes import fold_batch_norm as module
 from gradprune.passes.base import Tier
 from gradprune.passes.fold_batch_norm import NAME, fold_batch_norm
+from gradprune.torch_compat import dynamo
 
 EXACT = 1e-12
 """Relative error in float64 of one that differs by rounding alone."""
@@ -69,14 +70,14 @@ def fold(fn: Callable[..., Any], *args: Any) -> Folded:
     torch.compile(fn, backend=backend, fullgraph=True, dynamic=False)(*args)
     ((gm, inputs),) = captured
     before, expected = copy_graph(gm.graph), evaluate(gm, inputs)
-    result = fold_batch_norm(gm.graph, _torch.is_module_state)
+    result = fold_batch_norm(gm.graph, dynamo.is_module_state)
     gm.graph.lint()
     folded = Folded(before, gm.graph, expected, evaluate(gm, inputs), [change.reason for change in result.narrowed])
     assert folded.actual.dtype == expected.dtype
     assert result.changed == folded.changed
     assert result.removed == result.hoisted == result.skipped == []
     text = str(gm.graph)
-    assert not fold_batch_norm(gm.graph, _torch.is_module_state).changed
+    assert not fold_batch_norm(gm.graph, dynamo.is_module_state).changed
     assert str(gm.graph) == text
     return folded
 

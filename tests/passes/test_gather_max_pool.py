@@ -13,7 +13,8 @@ from torch import Tensor, fx, nn
 from torch._inductor.utils import run_and_get_code
 from torch.testing import FileCheck
 
-from gradprune.analysis.regions import BACKWARD
+from gradprune.graph.regions import BACKWARD
+from gradprune.graph.step_graph import Form, StepGraph
 from gradprune.ops import max_pool_backward, realize
 from gradprune.passes.dgrad_as_convolution import DgradAsConvolution
 from gradprune.passes.early_masks import EarlyMasks
@@ -21,7 +22,6 @@ from gradprune.passes.gather_max_pool import GatherMaxPool
 from gradprune.passes.narrow_outputs import NarrowOutputs
 from gradprune.passes.select_outputs import SelectOutputs
 from gradprune.passes.shape_only_operands import ShapeOnlyOperands
-from gradprune.step_graph import Form, StepGraph
 
 prims = torch.ops.prims
 aten_backward = aten.max_pool2d_with_indices_backward.default

@@ -14,12 +14,12 @@ from torch import Tensor, fx, nn
 from torch.testing import FileCheck
 
 import gradprune
+from gradprune.compiler.split import Split, split
+from gradprune.graph.step_graph import InputRole, OutputRole, StepGraph, overload_name
 from gradprune.passes.base import PassResult, Tier
 from gradprune.passes.hoist_invariants import HoistInvariants
 from gradprune.passes.pipeline import run_passes, select_passes
 from gradprune.passes.verify import Verifier
-from gradprune.prologue import Split, split
-from gradprune.step_graph import InputRole, OutputRole, StepGraph, overload_name
 
 # --- Steps ------------------------------------------------------------------------------------------------------------
 

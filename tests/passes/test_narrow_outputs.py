@@ -6,9 +6,9 @@ from pass_testing import Builder, apply, aten, captured, find
 from torch import nn
 from torch.testing import FileCheck
 
+from gradprune.graph.step_graph import OutputRole, StepGraph
 from gradprune.passes.narrow_outputs import NarrowOutputs, used_outputs
 from gradprune.passes.select_outputs import SelectOutputs
-from gradprune.step_graph import OutputRole, StepGraph
 
 
 def convolution_backward(*used: int) -> StepGraph:

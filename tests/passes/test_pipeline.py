@@ -12,8 +12,9 @@ from torch import fx, nn
 from torch.testing import FileCheck
 
 from gradprune import passes
-from gradprune.analysis.cost import count_flops
 from gradprune.errors import PassError
+from gradprune.graph.cost import count_flops
+from gradprune.graph.step_graph import OutputRole, StepGraph, tensor_of
 from gradprune.passes.base import Change, Pass, PassResult, Tier
 from gradprune.passes.pipeline import (
     NEED_HOISTING,
@@ -25,7 +26,6 @@ from gradprune.passes.pipeline import (
     select_passes,
 )
 from gradprune.passes.verify import Verifier
-from gradprune.step_graph import OutputRole, StepGraph, tensor_of
 
 
 def network() -> nn.Module:

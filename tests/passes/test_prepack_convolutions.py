@@ -16,7 +16,8 @@ from torch import Tensor, fx, nn
 from torch.testing import FileCheck
 
 import gradprune
-from gradprune.analysis.cost import count_flops
+from gradprune.graph.cost import count_flops
+from gradprune.graph.step_graph import InputRole, OutputRole, StepGraph
 from gradprune.ops import pack_convolution, packed_convolution, subpixel_weight
 from gradprune.ops.subpixel import subpixel
 from gradprune.passes import prepack_convolutions as module
@@ -26,7 +27,6 @@ from gradprune.passes.hoist_invariants import HoistInvariants
 from gradprune.passes.pipeline import run_passes, select_passes
 from gradprune.passes.prepack_convolutions import PrepackConvolutions, is_computed_by_onednn
 from gradprune.passes.verify import Verifier
-from gradprune.step_graph import InputRole, OutputRole, StepGraph
 
 TOLERANCE = 1e-5
 """Relative error in float32, of the result in float64."""

@@ -14,7 +14,8 @@ from torch import Tensor, fx, nn
 from torch.testing import FileCheck
 
 import gradprune
-from gradprune.analysis.cost import count_flops
+from gradprune.graph.cost import count_flops
+from gradprune.graph.step_graph import InputRole, OutputRole, StepGraph
 from gradprune.ops import pack_linear, packed_linear
 from gradprune.passes import prepack_linears as module
 from gradprune.passes.base import PassResult, Tier
@@ -23,7 +24,6 @@ from gradprune.passes.pipeline import run_passes, select_passes
 from gradprune.passes.prepack_convolutions import is_computed_by_onednn
 from gradprune.passes.prepack_linears import PrepackLinears
 from gradprune.passes.verify import Verifier
-from gradprune.step_graph import InputRole, OutputRole, StepGraph
 
 TOLERANCE = 1e-5
 """Relative error in float32, of the result in float64."""

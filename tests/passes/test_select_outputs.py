@@ -5,8 +5,8 @@ from pass_testing import Builder, apply, aten, captured
 from torch import nn
 from torch.testing import FileCheck
 
+from gradprune.graph.step_graph import OutputRole, StepGraph
 from gradprune.passes.select_outputs import SelectOutputs
-from gradprune.step_graph import OutputRole, StepGraph
 
 
 def linear_step(weight_role: OutputRole) -> StepGraph:

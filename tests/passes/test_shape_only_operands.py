@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from pass_testing import Builder, apply, aten, captured, copied, evaluate, find, random_arguments
 from torch.testing import FileCheck
 
+from gradprune.graph.step_graph import StepGraph
 from gradprune.passes.shape_only_operands import SHAPE_ONLY_OPERANDS, ShapeOnlyOperands
-from gradprune.step_graph import StepGraph
 
 Operands = tuple[Any, ...]
 

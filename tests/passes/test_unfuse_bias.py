@@ -15,12 +15,12 @@ from torch._inductor.utils import run_and_get_code
 from torch.testing import FileCheck
 
 import gradprune
-from gradprune.analysis.cost import count_flops
+from gradprune.graph.cost import count_flops
+from gradprune.graph.step_graph import InputRole, StepGraph
 from gradprune.ops import mm
 from gradprune.passes.base import PassResult, Tier
 from gradprune.passes.unfuse_bias import UnfuseBias
 from gradprune.passes.verify import Verifier
-from gradprune.step_graph import InputRole, StepGraph
 
 
 def linear(

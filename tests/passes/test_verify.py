@@ -11,8 +11,8 @@ from pass_testing import Builder, aten
 from torch import fx
 
 from gradprune.errors import PassError
+from gradprune.graph.step_graph import InputRole, OutputRole, StepGraph
 from gradprune.passes.verify import Verifier
-from gradprune.step_graph import InputRole, OutputRole, StepGraph
 
 
 def valid() -> StepGraph:

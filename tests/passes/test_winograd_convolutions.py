@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import gradprune
-from gradprune.analysis.cost import count_flops
+from gradprune.graph.cost import count_flops
 from gradprune.ops import winograd
 from gradprune.passes import winograd_convolutions
 from gradprune.passes.dgrad_as_convolution import DgradAsConvolution

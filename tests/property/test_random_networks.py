@@ -15,10 +15,12 @@ from hypothesis import strategies as st
 from random_networks import Network, networks
 from torch import fx, nn
 
-from gradprune import Options, Report, _torch, lower
+from gradprune import Options, Report
 from gradprune.backend import compile_graph
+from gradprune.compiler import lower
+from gradprune.graph.step_graph import StepGraph
 from gradprune.passes.pipeline import run_passes
-from gradprune.step_graph import StepGraph
+from gradprune.torch_compat import dynamo
 
 Result = tuple[torch.Tensor, torch.Tensor]
 Step = Callable[[nn.Module, torch.Tensor], Result]
@@ -82,13 +84,13 @@ def _has_an_effect(node: fx.Node) -> bool:
 
 def compiled_by(compiler: Compiler, run: Callable[..., Any], *args: Any) -> Any:
     torch._dynamo.reset()
-    for flag in _torch.TRACED_FLAGS:
-        _torch.scope_to_backend(flag, compiler)
+    for flag in dynamo.TRACED_FLAGS:
+        dynamo.scope_to_backend(flag, compiler)
     try:
         return torch.compile(run, backend=compiler, fullgraph=True)(*args)
     finally:
-        for flag in _torch.TRACED_FLAGS:
-            _torch.forget_backend(flag, compiler)
+        for flag in dynamo.TRACED_FLAGS:
+            dynamo.forget_backend(flag, compiler)
 
 
 def assert_equal(actual: torch.Tensor, expected: torch.Tensor) -> None:

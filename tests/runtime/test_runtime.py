@@ -19,7 +19,7 @@ from torch._dynamo.utils import counters
 
 import gradprune
 from gradprune.attacks import FGSM, PGD, Runtime, Square
-from gradprune.prologue import HoistedStep, _steps
+from gradprune.compiler.hoisted_step import HoistedStep, _steps
 from gradprune.runtime.functions import Functions, Sized, small_size
 
 EAGER = Runtime(compile=False)

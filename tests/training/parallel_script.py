@@ -21,8 +21,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from gradprune import prologue
 from gradprune.attacks import FGSM, PGD
+from gradprune.compiler import hoisted_step as prologue
 from gradprune.errors import TrainingError
 from gradprune.passes import prepack_convolutions
 from gradprune.training import (

@@ -12,18 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gradprune.attacks import FGSM, PGD, RSFGSM
-from gradprune.training import (
-    AWP,
-    MART,
-    TRADES,
-    AdversarialTrainer,
-    Fast,
-    Free,
-    NearPGD,
-    Objective,
-    PGDTraining,
-    Plain,
-)
+from gradprune.training import AWP, MART, TRADES, AdversarialTrainer, Fast, Free, NearPGD, Objective, PGDTraining, Plain
 
 EPS, STEP, STEPS, SEED = 0.1, 0.03, 3, 7
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}

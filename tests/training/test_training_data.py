@@ -12,8 +12,7 @@ import torch
 from PIL import Image
 
 from gradprune.errors import AttackError, OptionError
-from gradprune.evaluation.data import DataOptions, load_data
-from gradprune.evaluation.distributed import Ranks
+from gradprune.support.distributed import Ranks
 from gradprune.training.data import (
     AUGMENTATIONS,
     Samples,
@@ -24,6 +23,7 @@ from gradprune.training.data import (
     training_loader,
     validation_loader,
 )
+from gradprune.workloads.data_sets import DataOptions, load_data
 
 ALONE = Ranks()
 

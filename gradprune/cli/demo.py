@@ -1,0 +1,231 @@
+"""Options of ``gradprune demo`` and the order of its work."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gradprune.errors import GradpruneError, OptionError
+
+if TYPE_CHECKING:
+    from gradprune.bench.demo_workload import Measured
+
+DESCRIPTION = """\
+Attack a ResNet-50 on photographs and a small network trained on handwritten digits with PGD, four ways:
+
+  eager          loss.backward() on the model as it is: every weight gradient is computed and thrown away
+  frozen eager   the same with requires_grad_(False) on every parameter: the honest baseline
+  torch.compile  frozen parameters and torch.compile(model), called from an eager step
+  gradprune      the very code of "eager", the whole step compiled with backend="gradprune"
+
+All four run in turn in one process. One table per network says what a step costs, what it saves for the backward
+pass, how far its gradient is from float64, and what the attack achieved. Nothing is downloaded.
+"""
+
+EPILOG = """\
+examples:
+  gradprune demo                               two to four minutes on two cores
+  gradprune demo --quick --output demo-quick   a smaller network, smaller photographs, fewer steps
+  gradprune demo --batch 8 --threads 1         how the figures move with the batch and the threads
+
+It writes demo.md and demo.json (tables and raw figures with the environment) and demo.png (the examples).
+"""
+
+EXTRAS = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "tqdm": "tqdm"}
+"""Modules the demo needs beyond gradprune's own dependencies, and the names they are installed by."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Sizes of the demo.
+
+    Attributes:
+        steps: PGD steps of one attack.
+        batch: Photographs in a batch.
+        size: Side of a photograph in pixels.
+        rounds: Attacks timed per candidate.
+    """
+
+    steps: int = 10
+    batch: int = 4
+    size: int = 112
+    rounds: int = 5
+
+
+FULL = Settings()
+QUICK = Settings(steps=3, batch=2, size=64, rounds=3)
+LIMITS = {"steps": (1, 1000), "batch": (1, 1024), "size": (32, 1024), "rounds": (1, 1000), "threads": (1, 1024)}
+
+
+def add_command(commands: argparse._SubParsersAction[Any]) -> None:
+    """Add ``demo`` to the command line.
+
+    Args:
+        commands: What ``ArgumentParser.add_subparsers`` returned.
+    """
+    parser = commands.add_parser(
+        "demo",
+        help="see gradprune work, beside eager PyTorch and plain torch.compile",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("demo-output"), metavar="DIR", help="where to write (default: %(default)s)"
+    )
+    parser.add_argument("--quick", action="store_true", help="smaller in every respect; about a minute (default: off)")
+    for name, text in (
+        ("steps", "PGD steps of an attack"),
+        ("batch", "photographs in a batch"),
+        ("size", "side of a photograph in pixels"),
+        ("rounds", "attacks timed per candidate"),
+    ):
+        parser.add_argument(
+            f"--{name}",
+            type=_within(name),
+            metavar="N",
+            help=f"{text} (default: {getattr(FULL, name)}, quick: {getattr(QUICK, name)})",
+        )
+    parser.add_argument("--threads", type=_within("threads"), metavar="N", help="CPU threads (default: torch's choice)")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Carry out ``gradprune demo``.
+
+    Args:
+        arguments: What the parser of ``add_command`` returned.
+
+    Returns:
+        The exit status, 0.
+
+    Raises:
+        OptionError: The output directory cannot be written.
+        GradpruneError: Something the demo needs is not installed.
+    """
+    # Whatever can be known to fail is found out here, not after minutes of compilation.
+    check_extras()
+    check_compiler()
+    prepare_directory(arguments.output)
+    preset = QUICK if arguments.quick else FULL
+    chosen = {name: getattr(arguments, name) for name in ("steps", "batch", "size", "rounds")}
+    settings = Settings(**{name: getattr(preset, name) if value is None else value for name, value in chosen.items()})
+
+    import torch
+
+    threads = torch.get_num_threads()
+    try:
+        if arguments.threads is not None:
+            torch.set_num_threads(arguments.threads)
+        measured = _measure(settings, quick=arguments.quick)
+        _write(arguments.output, measured, settings)
+    finally:
+        torch.set_num_threads(threads)
+    return 0
+
+
+def check_extras() -> None:
+    """Make sure that the optional dependencies of the demo are there.
+
+    Raises:
+        GradpruneError: One of them is not installed.
+    """
+    missing = [package for module, package in EXTRAS.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        raise GradpruneError(f'the demo needs {", ".join(missing)}: run pip install "gradprune[cli]"')
+
+
+def check_compiler() -> None:
+    """Make sure that Inductor will find a C++ compiler.
+
+    Raises:
+        GradpruneError: There is none.
+    """
+    named = os.environ.get("CXX")
+    wanted = [named] if named else ["g++", "clang++", "c++", "cl"]
+    if not any(shutil.which(name) for name in wanted):
+        raise GradpruneError(
+            f"torch.compile needs a C++ compiler and none of {', '.join(wanted)} was found: install one or set CXX"
+        )
+
+
+def prepare_directory(directory: Path) -> None:
+    """Create ``directory`` unless it exists, and make sure that files can be written there.
+
+    Raises:
+        OptionError: It cannot be created or written.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        reason = error.strerror or error
+        raise OptionError(
+            f"cannot write to {directory} ({reason}): pass --output DIR with a directory you may write"
+        ) from error
+
+
+def _within(name: str) -> Any:
+    """An argparse type for the integers that option ``name`` allows."""
+    low, high = LIMITS[name]
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = low - 1
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"expected a whole number from {low} to {high}, got {text!r}")
+        return value
+
+    return parse
+
+
+def _measure(settings: Settings, *, quick: bool) -> list[Measured]:
+    """Make both workloads and measure them."""
+    from gradprune.bench.demo_candidates import start_compiler
+    from gradprune.bench.demo_workload import digits_workload, measure, photo_workload
+    from gradprune.support.progress import stage
+
+    with stage("building the network for the photographs"):
+        photos = photo_workload(settings.batch, settings.size, quick=quick)
+    with stage("training a network on handwritten digits"):
+        digits = digits_workload()
+    with stage("starting the compiler"):
+        start_compiler()
+    return [measure(workload, settings.steps, settings.rounds) for workload in (photos, digits)]
+
+
+def _write(directory: Path, measured: list[Measured], settings: Settings) -> None:
+    """Print the tables and write all files."""
+    from gradprune.bench import demo_picture as picture
+    from gradprune.bench import demo_table as table
+    from gradprune.support.environment import environment
+    from gradprune.support.files import write_json, write_text
+
+    here = environment()
+    print(file=sys.stderr)
+    print("\n\n".join(table.text(one) for one in measured))
+    write_text(directory / "demo.md", table.document(measured, here))
+    write_json(
+        directory / "demo.json",
+        {
+            "environment": here,
+            "settings": vars(settings),
+            "baseline": "frozen eager",
+            "workloads": [one.to_dict() for one in measured],
+        },
+    )
+    picture.save(directory / "demo.png", measured)
+    print()
+    print(f"Saved in {directory}: demo.md (tables, explained), demo.json (raw figures), demo.png (examples).")
+    print('On your own attack: step = torch.compile(attack_step, backend="gradprune"), then call step in your loop.')
+    print('For an attack library that calls loss.backward() itself: model = torch.compile(model, backend="gradprune").')

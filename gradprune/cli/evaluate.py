@@ -1,0 +1,348 @@
+"""Options of ``gradprune attack`` and ``gradprune evaluate``, and the order of their work."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gradprune.attacks.registry import (
+    CLEAN,
+    DEFAULT_STEP_SIZE,
+    AttackOptions,
+    build_attacks,
+    parse_number,
+    parse_setting,
+    parse_step_size,
+    parse_whole,
+)
+from gradprune.errors import GradpruneError, OptionError
+from gradprune.evaluation.run import Subject
+from gradprune.evaluation.tables import text
+from gradprune.evaluation.work import PICTURES, RESULTS, Work
+from gradprune.runtime import Runtime
+from gradprune.support.distributed import started
+from gradprune.support.environment import environment
+from gradprune.workloads.data_sets import DataOptions, load_data
+from gradprune.workloads.models import ModelOptions, fingerprint, load_model
+
+from .demo import check_compiler, prepare_directory
+
+NAMES = """\
+models (--model):
+  digits              a small network for 8x8 digits, trained on the spot in seconds
+  timm:NAME           any model of timm, with the normalisation it expects; --pretrained loads its weights
+  module:name         a torch.nn.Module, or what returns one, in module.py of this directory or installed
+data (--data):
+  digits              450 digits that the network above was not trained on
+  FOLDER              a folder of images for each class, classes numbered in the order of their names
+  FILE.npz            x, inputs (N, C, H, W), and y, labels (N,)
+  torchvision:NAME    the test part of a data set of torchvision, in --data-root
+Integers are divided by 255, so that inputs are in [0, 1]; a model that takes others is given --mean and --std, or
+--bounds.
+attacks (--attack):
+  fgsm rs-fgsm bim pgd mi-fgsm ni-fgsm si-ni-fgsm vmi-fgsm vni-fgsm di-fgsm ti-fgsm apgd apgd-t cw deepfool fab square
+  autoattack
+--eps does not apply to cw and deepfool, --steps not to fgsm, rs-fgsm, square and autoattack. --eps 0 is no attack.
+"""
+
+RESUMING = """\
+Finished batches are kept in the output folder until all are done, for AutoAttack also after each of its parts; called
+again, the command goes on where it was interrupted. What depends on the code of your model is recognised by its weights
+and its printed structure: after a change that shows in neither, take another folder.
+"""
+
+ATTACK = """\
+Attack a model on a data set. Writes adversarial.npz (x_adv, y, index in the data set, predictions, clean_predictions),
+record.json (accuracy, perturbation, all settings) and pictures.png (original, adversarial, perturbation, heat map).
+"""
+
+EVALUATE = """\
+Measure a model's accuracy under several attacks, each with every eps and number of steps. Writes results/*/record.json,
+accuracy.md (a table of all records in the folder), accuracy.png (accuracy against eps), pictures of the first images
+under each attack in results/*/pictures.png, and the first image under all of them in first-image.png.
+"""
+
+ATTACK_EXAMPLES = """\
+examples:
+  gradprune attack --model digits --data digits --attack pgd --eps 0.1 --output adversarial
+  gradprune attack --model models:net --checkpoint net.pt --data photos --image-size 224 --attack autoattack --eps 4/255
+"""
+
+EVALUATE_EXAMPLES = """\
+examples:
+  a sweep of eps with FGSM:
+    gradprune evaluate --model digits --data digits --attack fgsm --eps 0 .05 .1 .15 .2 .25 .3 --output sweep
+  a grid of steps and eps, targeted at the least likely class, in steps of eps/10; both go into one table:
+    gradprune evaluate --model digits --data digits --attack bim --targeted least-likely --step-size eps/10 \\
+      --steps 5 10 20 --eps .031 --output grid
+    gradprune evaluate --model digits --data digits --attack bim --targeted least-likely --step-size eps/10 \\
+      --steps 10 --eps .015 .046 --output grid
+  several attacks, two processes:
+    torchrun --nproc-per-node 2 -m gradprune evaluate --model timm:resnet18 --pretrained --data imagenet/val \\
+      --image-size 224 --limit 1000 --attack pgd autoattack --eps 2/255 4/255
+  samples leave PGD as soon as they are fooled:
+    gradprune evaluate --model digits --data digits --attack pgd --steps 50 --eps .1 --set stop_at_success=true
+"""
+
+AUTOCAST = {"fp16": "float16", "bf16": "bfloat16"}
+PACKAGES = {"sklearn": "scikit-learn", "PIL": "pillow"}
+"""Modules whose packages have other names."""
+
+
+def add_commands(commands: argparse._SubParsersAction[Any]) -> None:
+    """Add ``attack`` and ``evaluate`` to the command line.
+
+    Args:
+        commands: What ``ArgumentParser.add_subparsers`` returned.
+    """
+    for name, help, description, examples, runs in (
+        ("attack", "make adversarial examples of a data set", ATTACK, ATTACK_EXAMPLES, run_attack),
+        ("evaluate", "measure accuracy under several attacks", EVALUATE, EVALUATE_EXAMPLES, run_evaluate),
+    ):
+        parser = commands.add_parser(
+            name,
+            help=help,
+            description=description,
+            epilog=f"{NAMES}\n{RESUMING}\n{examples}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        _add_options(parser, several=name == "evaluate")
+        parser.set_defaults(run=runs)
+
+
+def _add_options(parser: argparse.ArgumentParser, *, several: bool) -> None:
+    """Add the options; with ``several``, those that take several values do."""
+    many: Any = {"nargs": "+", "action": "extend"} if several else {"nargs": 1}
+    group = parser.add_argument_group("what to attack")
+    group.add_argument("--model", required=True, metavar="NAME", help="see below")
+    group.add_argument("--checkpoint", type=Path, metavar="FILE", help="state dict to load into the model")
+    group.add_argument("--pretrained", action="store_true", help="timm's own weights, may download (default: random)")
+    group.add_argument("--classes", type=parse_whole, metavar="N", help="of a timm model (default: its own)")
+    group.add_argument("--mean", type=float, nargs="+", metavar="M", help="subtracted from each channel (default: 0)")
+    group.add_argument("--std", type=float, nargs="+", metavar="S", help="what each is divided by then (default: 1)")
+    group.add_argument("--data", required=True, metavar="NAME", help="see below")
+    group.add_argument("--limit", type=parse_whole, metavar="N", help="that many samples, spread evenly (default: all)")
+    group.add_argument(
+        "--image-size", type=parse_whole, metavar="N", help="resize and crop images (default: as they are)"
+    )
+    group.add_argument("--grey", action="store_true", help="read the images of a folder as grey (default: in colour)")
+    group.add_argument(
+        "--data-root", type=Path, default=Path("data"), metavar="DIR", help="for torchvision (default: %(default)s)"
+    )
+    group.add_argument("--download", action="store_true", help="let torchvision download data (default: off)")
+    group.add_argument(
+        "--bounds", type=float, nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH"), help="valid inputs (default: 0 1)"
+    )
+    group = parser.add_argument_group("attacks")
+    group.add_argument("--attack", required=True, metavar="NAME", help="see below", **many)
+    group.add_argument(
+        "--eps", type=parse_number, metavar="E", help="radius, such as 0.1 or 8/255 (default: 8/255)", **many
+    )
+    group.add_argument("--norm", choices=("linf", "l2", "l1"), help="(default: linf; l2 for cw and deepfool)")
+    group.add_argument(
+        "--steps", type=parse_whole, metavar="N", help="of iterated attacks (default: each attack's)", **many
+    )
+    group.add_argument(
+        "--step-size", type=parse_step_size, metavar="A", help="a number or part of eps (default: eps/4)"
+    )
+    group.add_argument("--targeted", choices=("least-likely", "second-best", "random"), help="(default: untargeted)")
+    group.add_argument(
+        "--set",
+        type=parse_setting,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="any other setting of the attacks, such as restarts=5 (repeatable)",
+    )
+    group.add_argument("--seed", type=int, default=0, metavar="N", help="of all random numbers (default: 0)")
+    group = parser.add_argument_group("how to run")
+    group.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    group.add_argument("--batch-size", type=parse_whole, default=128, metavar="N", help="(default: %(default)s)")
+    group.add_argument("--autocast", choices=AUTOCAST, help="type to run the model in (default: float32)")
+    group.add_argument("--no-compile", action="store_true", help="run eagerly: sooner for a few steps (default: off)")
+    default = "evaluation" if several else "adversarial"
+    group.add_argument("--output", type=Path, default=Path(default), metavar="DIR", help="(default: %(default)s)")
+    if several:
+        group.add_argument(
+            "--keep-examples",
+            action="store_true",
+            help=f"all in results/*/adversarial.npz (default: {PICTURES} of each)",
+        )
+
+
+def run_attack(arguments: argparse.Namespace) -> int:
+    """Carry out ``gradprune attack``.
+
+    Args:
+        arguments: What the parser of ``add_commands`` returned.
+
+    Returns:
+        The exit status, 0.
+
+    Raises:
+        OptionError: Something was asked for that does not exist, or the output cannot be written.
+        GradpruneError: The attack cannot be run on this model with these inputs, or something is not installed.
+    """
+    with _prepared(arguments) as work:
+        (job,) = work.jobs([work.attacks[0] if work.attacks else work.clean], lambda slug: work.output)
+        record = work.carry_out(job, keep=len(work.subject.data))
+        if work.ranks.is_first:
+            drawn = work.draw(job, record)
+            print(text([record]))
+            print(f"Saved in {work.output}: adversarial.npz, record.json{', pictures.png' if drawn else ''}.")
+        work.ranks.wait()
+    return 0
+
+
+def run_evaluate(arguments: argparse.Namespace) -> int:
+    """Carry out ``gradprune evaluate``; as ``run_attack``."""
+    with _prepared(arguments) as work:
+        jobs = work.jobs([work.clean, *work.attacks], lambda slug: work.output / RESULTS / slug)
+        keep = len(work.subject.data) if arguments.keep_examples else PICTURES
+        done = [(job, work.carry_out(job, PICTURES if job.label == CLEAN else keep)) for job in jobs]
+        if work.ranks.is_first:
+            written = work.report(done)
+            print(f"Saved in {work.output}: {', '.join(written)}.")
+        work.ranks.wait()
+    return 0
+
+
+@contextmanager
+def _prepared(arguments: argparse.Namespace) -> Iterator[Work]:
+    """Check and load everything that was asked for: what can be known to fail fails here, before any work."""
+    options = _attack_options(arguments)
+    attacks = build_attacks(options)
+    check_modules({"matplotlib", "tqdm", *modules_of(arguments.model, arguments.data)})
+    from gradprune.support.progress import stage  # imports tqdm, an optional dependency
+
+    if not arguments.no_compile:
+        check_compiler()
+    prepare_directory(arguments.output)
+    with started() as ranks:
+        device = choose_device(arguments.device, ranks.local)
+        with stage("loading model and data") if ranks.is_first else nullcontext():
+            model = load_model(model_options(arguments), arguments.seed)
+            samples = load_data(data_options(arguments))
+        determines = {
+            **_versions(),
+            "model": fingerprint(model),
+            "data": samples.fingerprint,
+            "batch_size": min(arguments.batch_size, len(samples)),
+            "seed": arguments.seed,
+            "autocast": arguments.autocast,
+            "compile": not arguments.no_compile,
+            "device": device.type,
+        }
+        runtime = Runtime(
+            compile=not arguments.no_compile,
+            autocast=autocast_type(arguments.autocast),
+            batch_size=determines["batch_size"],
+            progress=ranks.is_first and sys.stderr.isatty(),
+        )
+        subject = Subject(model.to(device), samples, device, determines["batch_size"], runtime, options.bounds)
+        subject.check()
+        names = (_model_name(arguments), samples.name)
+        yield Work(subject, attacks, ranks, arguments.output, names, determines, arguments.seed)
+
+
+def _attack_options(arguments: argparse.Namespace) -> AttackOptions:
+    low, high = arguments.bounds
+    if not low < high:
+        raise OptionError(f"--bounds has to be a smaller and a larger number, not {low:g} and {high:g}")
+    return AttackOptions(
+        names=arguments.attack,
+        eps=arguments.eps or [8 / 255],
+        norm=arguments.norm,
+        steps=arguments.steps,
+        step_size=arguments.step_size or DEFAULT_STEP_SIZE,
+        targeted=arguments.targeted,
+        bounds=(low, high),
+        seed=arguments.seed,
+        settings=dict(arguments.set),
+    )
+
+
+def model_options(arguments: argparse.Namespace) -> ModelOptions:
+    """Which model was asked for."""
+    return ModelOptions(
+        name=arguments.model,
+        checkpoint=arguments.checkpoint,
+        mean=arguments.mean,
+        std=arguments.std,
+        pretrained=arguments.pretrained,
+        classes=arguments.classes,
+    )
+
+
+def data_options(arguments: argparse.Namespace) -> DataOptions:
+    """Which data were asked for."""
+    return DataOptions(
+        name=arguments.data,
+        root=arguments.data_root,
+        download=arguments.download,
+        image_size=arguments.image_size,
+        grey=arguments.grey,
+        limit=arguments.limit,
+    )
+
+
+def choose_device(name: str | None, local: int) -> torch.device:
+    """The device asked for; of several processes on a machine with GPUs, each has one."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise OptionError(f"--device {name!r} is no device: pass cpu, cuda or cuda:1") from error
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if ":" not in name and count:
+            device = torch.device("cuda", local % count)
+        if not count or device.index >= count:
+            raise OptionError(f"--device {name}: there are {count} CUDA devices: pass another, or cpu")
+        torch.cuda.set_device(device)
+    elif device.type != "cpu":
+        raise OptionError(f"--device {name} is not supported: pass cpu, cuda or cuda:1")
+    return device
+
+
+def autocast_type(name: str | None) -> torch.dtype | None:
+    """The type that ``--autocast`` names."""
+    return None if name is None else getattr(torch, AUTOCAST[name])
+
+
+def _versions() -> dict[str, str]:
+    return {"gradprune": str(environment()["gradprune"]), "torch": torch.__version__}
+
+
+def modules_of(model: str, data: str) -> set[str]:
+    """Modules that a model and a data set need."""
+    needed = set()
+    if "digits" in (model, data):
+        needed.add("sklearn")
+    if model.startswith("timm:"):
+        needed.add("timm")
+    if data.startswith("torchvision:"):
+        needed |= {"torchvision", "PIL"}
+    elif Path(data).is_dir():
+        needed.add("PIL")
+    return needed
+
+
+def check_modules(modules: set[str]) -> None:
+    """Raise a ``GradpruneError`` that says how to install what is missing of some modules."""
+    missing = sorted(module for module in modules if importlib.util.find_spec(module) is None)
+    if missing:
+        packages = " ".join(PACKAGES.get(module, module) for module in missing)
+        raise GradpruneError(f"this needs {' and '.join(missing)}: run pip install {packages}")
+
+
+def _model_name(arguments: argparse.Namespace) -> str:
+    return str(arguments.model) if arguments.checkpoint is None else f"{arguments.model} ({arguments.checkpoint.name})"

@@ -1,0 +1,228 @@
+"""Run what depends on weights alone once per attack, and never let the step see a stale value of it.
+
+Note [Freshness]: a compiled step is called K times per attack, with weights that may change at any time between two
+calls. The prologue's values are used again if all of these hold:
+
+- an input of the call lies in the memory of an output of the previous call, as ``x_adv`` does in
+  ``x_adv = step(x_adv, x, y)``, or both calls were made in the same ``one_attack`` block: the call continues the attack
+  that the values were computed for;
+- every weight is the same tensor object in the same memory as when they were computed;
+- no weight's version counter, which in-place operations advance, has moved since;
+- no optimizer has made a step since, for fused ones do not advance the counter, nor those that write to ``.data``;
+- every buffer equals the copy that was made of it, for batch norm in training mode does not advance the counter of the
+  statistics that it writes.
+
+They are also used again if every weight equals the copy that was made of it. Parameters are copied on a CPU only, where
+comparing takes a fraction of the prologue's time. Otherwise the prologue runs again.
+
+Writes through ``weight.data`` or numpy do not advance the counter. Between attacks they are seen all the same, because
+the first step of an attack continues nothing; in the middle of one they are not. Whoever does that calls ``invalidate``
+or sets the option ``always_refresh``, under which no call continues anything.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+
+from .split import Split
+
+Callback = Callable[..., Any]
+
+
+class HoistedStep:
+    """A compiled step and its prologue, called as the graph they were split from, see Note [Freshness]."""
+
+    _boxed_call = True
+
+    def __init__(self, parts: Split, step: Callback, *, always_refresh: bool) -> None:
+        self._prologue = parts.prologue
+        self._prologue_inputs = parts.prologue_inputs
+        self._step = step
+        self._step_inputs = parts.step_inputs
+        self._always_refresh = always_refresh
+        self._expected = parts.values
+        self._values: list[torch.Tensor] | None = None
+        # Not weak references, in whose presence torch refuses to swap tensors.
+        self._weights: list[tuple[torch.Tensor, StorageWeakRef, int, int]] | None = None
+        self._optimizer_steps = -1
+        self._copies: list[torch.Tensor | None] | None = None
+        self._outputs: list[StorageWeakRef] = []
+        self._attack: object | None = None
+        self.refreshes = 0
+        _steps.add(self)
+
+    def __call__(self, args: list[Any]) -> Any:
+        """Call the whole graph. ``args`` is emptied, as Inductor's boxed calling convention has it."""
+        weights = [args[index] for index in self._prologue_inputs]
+        inputs = [args[index] for index in self._step_inputs]
+        args.clear()
+        if not (self._continues_attack(inputs) and self._are_unchanged(weights)):
+            if not self._equal_copies(weights):
+                self._refresh(weights)
+            self._remember(weights)
+        assert self._values is not None
+        given = _storages(inputs)
+        outputs = self._step([*inputs, *self._values])
+        # What lies in the memory of an argument, such as the clean images, would make every call continue this attack.
+        # The weak references keep the other addresses from being used again.
+        results = [output for output in outputs if isinstance(output, torch.Tensor)]
+        self._outputs = [
+            StorageWeakRef(storage)
+            for storage in map(torch.Tensor.untyped_storage, results)
+            if storage._cdata not in given
+        ]
+        return outputs
+
+    def forget(self) -> None:
+        """Have the next call look at the weights again."""
+        self._weights = None
+
+    def reads(self, tensors: set[int]) -> bool:
+        """Whether hoisted values were computed from one of the tensors with these ids."""
+        return any(id(weight) in tensors for weight, *_ in self._weights or ())
+
+    def _continues_attack(self, inputs: Sequence[Any]) -> bool:
+        if self._always_refresh:
+            return False
+        attack, self._attack = self._attack, _attack.get()
+        if attack is not None and attack is self._attack:
+            return True
+        return not _storages(inputs).isdisjoint(reference.cdata for reference in self._outputs)
+
+    def _are_unchanged(self, weights: Sequence[torch.Tensor]) -> bool:
+        if self._weights is None or self._copies is None or self._optimizer_steps != _optimizer_steps:
+            return False
+        for weight, (before, storage, address, version) in zip(weights, self._weights, strict=True):
+            if before is not weight or storage.cdata != weight.untyped_storage()._cdata:
+                return False
+            if address != weight.data_ptr() or version != weight._version:
+                return False
+        is_buffer = [not isinstance(weight, nn.Parameter) for weight in weights]
+        return _are_equal(itertools.compress(weights, is_buffer), itertools.compress(self._copies, is_buffer))
+
+    def _equal_copies(self, weights: Sequence[torch.Tensor]) -> bool:
+        copies = self._copies
+        return copies is not None and all(copy is not None for copy in copies) and _are_equal(weights, copies)
+
+    def _refresh(self, weights: Sequence[torch.Tensor]) -> None:
+        self._weights = None  # should the prologue fail, nothing of it is used
+        on_cpu = all(weight.is_cpu for weight in weights)
+        static = self._values is not None and not on_cpu
+        # Not valid until they are those of these weights. Written to again, for in training all of this runs once per
+        # update, and memory that is new to the process costs several times what copying does.
+        kept, self._copies = self._copies, None
+        if not static:
+            self._values = None  # so that new values may take the memory of the old ones
+        # Casts are explicit in the graph; what is computed here must not depend on where the step is called from.
+        with torch.inference_mode(False), torch.no_grad(), torch._C._DisableAutocast():
+            fresh = [_in_layout(v, e) for v, e in zip(self._prologue(*weights), self._expected, strict=True)]
+            if static:  # a recorded CUDA graph reads the addresses it was recorded with
+                assert self._values is not None
+                torch._foreach_copy_(self._values, fresh)
+            else:
+                self._values = fresh
+            if kept is None:
+                kept = [
+                    weight.clone() if on_cpu or not isinstance(weight, nn.Parameter) else None for weight in weights
+                ]
+            else:
+                for copy, weight in zip(kept, weights, strict=True):
+                    if copy is not None:
+                        copy.copy_(weight)
+            self._copies = kept
+        self.refreshes += 1
+
+    def _remember(self, weights: Sequence[torch.Tensor]) -> None:
+        self._weights = None
+        if not any(weight.is_inference() for weight in weights):  # those have no version counter
+            self._weights = [
+                (weight, StorageWeakRef(weight.untyped_storage()), weight.data_ptr(), weight._version)
+                for weight in weights
+            ]
+            self._optimizer_steps = _optimizer_steps
+
+
+def _storages(values: Iterable[Any]) -> set[int]:
+    """Where the tensors among ``values`` have their memory."""
+    return {value.untyped_storage()._cdata for value in values if isinstance(value, torch.Tensor)}
+
+
+def _are_equal(tensors: Iterable[torch.Tensor], copies: Iterable[torch.Tensor | None]) -> bool:
+    """Whether tensors hold what they held when they were copied."""
+    on_gpu: list[torch.Tensor] = []
+    for tensor, copy in zip(tensors, copies, strict=True):
+        assert copy is not None
+        if tensor.is_cpu or not tensor.is_floating_point():
+            if not torch.equal(tensor, copy):
+                return False
+        else:
+            on_gpu += tensor, copy
+    if not on_gpu:
+        return True
+    # One wait for the device instead of one for each tensor.
+    with torch.no_grad():
+        differences = torch._foreach_norm(torch._foreach_sub(on_gpu[::2], on_gpu[1::2]), float("inf"))
+        return not bool(torch.stack(differences).any())
+
+
+def _in_layout(value: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """``value`` in memory of its own, with the strides that the step was compiled for."""
+    if value.is_mkldnn or value.stride() == expected.stride():
+        return value
+    return torch.empty_strided(value.shape, expected.stride(), dtype=value.dtype, device=value.device).copy_(value)
+
+
+_attack: ContextVar[object | None] = ContextVar("attack", default=None)
+
+
+@contextmanager
+def one_attack() -> Iterator[None]:
+    """Have compiled steps that are called in the block take its calls for steps of one attack."""
+    token = _attack.set(object())
+    try:
+        yield
+    finally:
+        _attack.reset(token)
+
+
+_steps: weakref.WeakSet[HoistedStep] = weakref.WeakSet()
+_optimizer_steps = 0
+
+
+def _count_optimizer_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    global _optimizer_steps
+    _optimizer_steps += 1
+
+
+register_optimizer_step_post_hook(_count_optimizer_step)
+
+
+def invalidate(*modules: nn.Module) -> None:
+    """Have compiled steps read weights anew, after a change that torch cannot see.
+
+    Necessary only after writing to ``weight.data``, or to its memory through numpy, in the middle of an attack. Every
+    other change, and such a write between two attacks, is noticed without it.
+
+    Args:
+        modules: The modules whose weights have changed. Without any, all steps in this process are concerned.
+
+    Raises:
+        TypeError: An argument is not an ``nn.Module``.
+    """
+    for module in modules:
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"invalidate takes the nn.Modules whose weights changed, not {type(module).__name__}")
+    changed = {id(tensor) for module in modules for tensor in (*module.parameters(), *module.buffers())}
+    for step in list(_steps):
+        if not modules or step.reads(changed):
+            step.forget()

@@ -1,0 +1,104 @@
+"""Which of two kernels is faster on this machine: measured once, remembered, and the same answer ever after.
+
+What is the fastest kernel for a shape depends on the processor, the number of threads and the BLAS that torch was built
+with. Asked for the first time, both are timed; the answer is kept in Inductor's cache folder, so that later processes
+compile the same graph, round the same way and find it in the cache.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from pathlib import Path
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+from gradprune.torch_compat.inductor import inductor_cache_dir
+
+MARGIN = 1.1
+"""Ratio of times from which on the candidate is said to be faster: it has to win beyond noise."""
+
+TRIES = 7
+
+_answers: dict[str, bool] = {}
+
+_unmeasured: ContextVar[list[str] | None] = ContextVar("unmeasured", default=None)
+
+
+@contextmanager
+def not_measuring() -> Iterator[list[str]]:
+    """Within it nothing is timed: what has not been measured before counts as no faster.
+
+    Yields:
+        What would have been measured, filled in on the way.
+    """
+    asked: list[str] = []
+    token = _unmeasured.set(asked)
+    try:
+        yield asked
+    finally:
+        _unmeasured.reset(token)
+
+
+def is_faster(what: str, make: Callable[[], tuple[Callable[[], object], Callable[[], object]]]) -> bool:
+    """Whether a candidate kernel beats a baseline by ``MARGIN`` on this machine.
+
+    Args:
+        what: Names the two kernels and all that their speed depends on, apart from the machine.
+        make: Makes candidate and baseline, on tensors of their own. Called only if the answer is not known.
+    """
+    key = f"{what}, {torch.get_num_threads()} threads"
+    if key not in _answers:
+        _answers.update(_load())
+    unmeasured = _unmeasured.get()
+    if key not in _answers and unmeasured is not None:
+        unmeasured.append(what)
+        return False
+    if key not in _answers:
+        with _disable_current_modes(), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            candidate, baseline = make()
+            ratio = _shortest(baseline) / _shortest(candidate)
+        _answers.update(_load())  # what other processes have found out meanwhile
+        _answers[key] = ratio > MARGIN
+        _save()
+    return _answers[key]
+
+
+def _shortest(run: Callable[[], object]) -> float:
+    """Seconds of the fastest of a few runs."""
+    run()
+    times = []
+    for _ in range(TRIES):
+        started = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+def _file() -> Path:
+    machine = f"{torch.__version__}-{torch.backends.cpu.get_cpu_capability()}".replace(" ", "-").replace("/", "-")
+    return Path(inductor_cache_dir()) / "gradprune" / f"kernels-{machine}.json"
+
+
+def _load() -> dict[str, bool]:
+    try:
+        answers = json.loads(_file().read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return {str(key): bool(value) for key, value in answers.items()} if isinstance(answers, dict) else {}
+
+
+def _save() -> None:
+    with suppress(OSError):  # a cache that cannot be written is no reason to fail
+        file = _file()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=file.parent)
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            json.dump(_answers, stream, indent=0, sort_keys=True)
+        os.replace(name, file)

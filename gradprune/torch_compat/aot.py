@@ -1,0 +1,94 @@
+"""What gradprune reads of AOTAutograd, of autograd and of fake tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._functorch import config as functorch_config
+from torch._functorch._aot_autograd.descriptors import (
+    GradAOTOutput,
+    InputMutationAOTOutput,
+    PlainAOTInput,
+    PlainAOTOutput,
+)
+from torch._functorch.eager_transforms import _autograd_grad as functorch_grad
+from torch._subclasses.fake_tensor import FakeTensorMode, is_fake
+from torch.utils._python_dispatch import _disable_current_modes as without_modes
+
+__all__ = [
+    "FakeTensorMode",
+    "GradAOTOutput",
+    "InputMutationAOTOutput",
+    "PlainAOTInput",
+    "PlainAOTOutput",
+    "declare_absent_outputs",
+    "declare_no_donated_buffers",
+    "functorch_config",
+    "functorch_grad",
+    "is_fake",
+    "requests_weight_gradient",
+    "size_hint",
+    "without_modes",
+]
+
+
+def declare_no_donated_buffers() -> None:
+    """Say for the graph being compiled that its backward pass reuses no saved tensor's memory."""
+    context = torch._guards.TracingContext.try_get()
+    if context is not None and context.fw_metadata is not None:
+        context.fw_metadata.bw_donated_idxs = []
+
+
+def declare_absent_outputs(graph: fx.Graph) -> None:
+    """Say for the graph being compiled which of its outputs are None.
+
+    With symbolic sizes, AOTAutograd notes at run time on every output which of its sizes are dynamic, and expects a
+    tensor wherever there was one when the graph was traced.
+    """
+    context = torch._guards.TracingContext.try_get()
+    output = graph.output_node()
+    descriptors = output.meta.get("desc")
+    if context is None or context.fw_metadata is None or descriptors is None:
+        return
+    for value, descriptor in zip(output.args[0], descriptors, strict=True):  # type: ignore[arg-type]
+        if value is None and isinstance(descriptor, PlainAOTOutput):
+            info = context.fw_metadata.output_info
+            info[descriptor.idx] = dataclasses.replace(info[descriptor.idx], dynamic_dims=None)
+
+
+def size_hint(size: Any) -> int:
+    """An integer for a size that may be symbolic, without guarding on it; 0 if nothing is known about it."""
+    if isinstance(size, torch.SymInt):
+        return int(size.node.hint) if size.node.has_hint() else 0
+    return int(size)
+
+
+def requests_weight_gradient(weights: Sequence[bool]) -> bool:
+    """Whether the running backward pass was asked explicitly for the gradient of one of the current node's inputs.
+
+    To be called while autograd executes the node. ``loss.backward()`` runs every node and asks for nothing in
+    particular; ``autograd.grad(loss, weight)`` and ``loss.backward(inputs=[weight])`` name what they want.
+
+    Args:
+        weights: For every tensor the node was applied to, whether it is a weight.
+    """
+    functions = [function for function, _ in torch._C._current_autograd_node().next_functions]
+    if len(functions) != len(weights):
+        return False  # torch wrapped the inputs, and which is which is unknown
+    asked, everything = False, True
+    for function, is_weight in zip(functions, weights, strict=True):
+        if function is None:
+            continue
+        try:
+            runs = torch._C._will_engine_execute_node(function)
+        except RuntimeError:  # torch's answer for a leaf that autograd.grad captures
+            if is_weight:
+                return True
+            runs = False
+        everything = everything and runs
+        asked = asked or (runs and is_weight)
+    return asked and not everything

@@ -1,0 +1,143 @@
+"""A pass that fails, or corrupts the graph: by default the result is eager's and the report says why."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import ModelState
+from tiny import STEPS, backward_step, images, input_gradient, network
+from torch import fx
+
+import gradprune
+from gradprune import backend
+from gradprune.graph.step_graph import OutputRole, StepGraph
+from gradprune.passes.base import PassResult
+from gradprune.passes.dgrad_as_convolution import DgradAsConvolution
+
+pytestmark = pytest.mark.usefixtures("no_code")
+
+
+def fails(self: object, step_graph: StepGraph) -> Any:
+    raise KeyError("boom")
+
+
+def fails_halfway(self: object, step_graph: StepGraph) -> Any:
+    """Leaves a ruin behind: no outputs, half of the nodes gone, no values."""
+    step_graph.set_output_values([None] * len(step_graph.outputs))
+    for node in list(reversed(step_graph.graph.nodes))[1:20]:
+        if not node.users and node.op == "call_function":
+            step_graph.graph.erase_node(node)
+    for node in step_graph.graph.nodes:
+        node.meta.clear()
+    raise KeyError("boom")
+
+
+def corrupts(self: object, step_graph: StepGraph) -> Any:
+    """Returns the input in place of its gradient: well-formed, of the right shape, and wrong."""
+    values, roles = step_graph.output_values(), step_graph.outputs
+    for position, (value, role) in enumerate(zip(values, roles, strict=True)):
+        if isinstance(value, fx.Node) and role is not OutputRole.WEIGHT_GRAD and value.meta["val"].dim() == 4:
+            with step_graph.graph.inserting_after(value):
+                total = step_graph.graph.call_function(torch.ops.aten.sum.default, (value,))
+            total.meta["val"] = value.meta["val"].sum()
+            values[position] = total
+    step_graph.set_output_values(values)
+    return PassResult()
+
+
+BROKEN: dict[str, tuple[Callable[..., Any], str]] = {
+    "fails": (fails, r"pass 'dgrad-as-convolution' failed: KeyError\('boom'\)"),
+    "fails halfway": (fails_halfway, r"pass 'dgrad-as-convolution' failed: KeyError\('boom'\)"),
+    "corrupts": (corrupts, r"pass 'dgrad-as-convolution' left an invalid graph: output \d was"),
+}
+
+
+@pytest.fixture(params=BROKEN)
+def message(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A pass in the middle of the pipeline is broken; what is said about it."""
+    broken, message = BROKEN[request.param]
+    monkeypatch.setattr(DgradAsConvolution, "run", broken)
+    return message
+
+
+def one_warning(caplog: pytest.LogCaptureFixture) -> str:
+    (record,) = (record for record in caplog.records if record.name.startswith("gradprune"))
+    assert record.levelno == logging.WARNING
+    return record.getMessage()
+
+
+@pytest.mark.parametrize("way", STEPS)
+def test_step_falls_back(way: str, message: str, caplog: pytest.LogCaptureFixture):
+    model = network()
+    step = STEPS[way](model, F.cross_entropy)
+    expected = step(*images())
+    model.zero_grad()
+    state = ModelState.of(model)
+    compiled = gradprune.compile(step, verify=True)
+    for _ in range(2):
+        torch.testing.assert_close(compiled(*images()), expected)
+    state.assert_untouched(model)
+    (report,) = gradprune.reports(compiled)
+    assert report.fallback is not None
+    assert re.search(message, report.fallback)
+    assert re.search(message, one_warning(caplog))
+    assert [record.name for record in report.passes] == ["fold-batch-norm"]  # which came before autograd
+    assert "compiled as captured" in str(report)
+
+
+def test_model_falls_back(message: str, caplog: pytest.LogCaptureFixture):
+    model, (_, x, y) = network(), images()
+    expected = input_gradient(model, x, y)
+    model.zero_grad()
+    state = ModelState.of(model)
+    compiled = gradprune.compile(model, verify=True)
+    torch.testing.assert_close(input_gradient(compiled, x, y), expected)
+    state.assert_untouched(model)
+    assert re.search(message, one_warning(caplog))
+    (report,) = gradprune.reports(compiled)
+    assert re.search(message, report.fallback or "")
+
+
+@pytest.mark.parametrize("form", ["step", "model"])
+def test_strict_raises(form: str, message: str):
+    model, (x_adv, x, y) = network(), images()
+    options = {"strict": True, "verify": True}
+    step, compiled_model = gradprune.compile(backward_step(model), **options), gradprune.compile(model, **options)
+    state = ModelState.of(model)
+    with pytest.raises(gradprune.PassError, match=message):
+        step(x_adv, x, y) if form == "step" else input_gradient(compiled_model, x, y)
+    state.assert_untouched(model)
+
+
+def test_graph_that_cannot_be_classified(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+    def fails(gm: fx.GraphModule, **settings: Any) -> Any:
+        for node in list(gm.graph.nodes)[::-1]:
+            if not node.users and node.op != "placeholder":
+                gm.graph.erase_node(node)
+        raise KeyError("boom")
+
+    monkeypatch.setattr(backend, "capture", fails)
+    expected = backward_step(network())(*images())
+    compiled = gradprune.compile(backward_step(network()))
+    torch.testing.assert_close(compiled(*images()), expected)
+    assert "could not be classified: KeyError('boom')" in (gradprune.reports(compiled)[0].fallback or "")
+    assert "classifying it failed" in one_warning(caplog)
+    with pytest.raises(gradprune.PassError, match=r"could not be classified: KeyError\('boom'\)"):
+        gradprune.compile(backward_step(network()), strict=True)(*images())
+
+
+def test_failure_while_measuring_is_no_failure_of_a_pass(monkeypatch: pytest.MonkeyPatch):
+    """The report's figures are taken inside the same safety net."""
+    monkeypatch.setattr(gradprune.Report, "measure", fails)
+    expected = backward_step(network())(*images())
+    compiled = gradprune.compile(backward_step(network()))
+    torch.testing.assert_close(compiled(*images()), expected)
+    (report,) = gradprune.reports(compiled)
+    assert report.fallback is not None
+    assert "compiled as captured" in str(report)
