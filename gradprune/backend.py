@@ -9,9 +9,11 @@ from typing import Any, TypeVar
 import torch
 from torch import fx
 
-from .compiler.compilation import compile_graph
+from .compiler.lower import compile_graph
 from .compiler.options import Options
 from .errors import GradpruneError
+from .inspect.observe import Observer
+from .report.recorder import Recorder
 from .report.report import Report
 from .torch_compat import dynamo
 
@@ -43,12 +45,13 @@ def gradprune(
         TrainingStepError: The step takes gradients of weights alone.
         PassError: A pass failed and ``strict`` is set.
     """
-    compiled, report = compile_graph(
-        gm, example_inputs, Options.parse({**({"mode": mode} if mode else {}), **(options or {})})
-    )
+    parsed = Options.parse({**({"mode": mode} if mode else {}), **(options or {})})
+    recorder = Recorder(dynamo.compiling_name())
+    compiled = compile_graph(gm, example_inputs, parsed, (recorder, Observer(recorder.report, parsed)))
     wrapper = dynamo.compiling_wrapper()
     if wrapper is not None:
-        _compilations.append((weakref.ref(wrapper), dynamo.compiling_code(), report))
+        reference = weakref.ref(wrapper, _forget)
+        _compilations.append((reference, dynamo.compiling_code(), recorder.report))
     return compiled
 
 
@@ -58,7 +61,11 @@ for _flag in dynamo.TRACED_FLAGS:
 
 
 _compilations: list[tuple[weakref.ref[Any], Any, Report]] = []
-"""Which ``torch.compile`` call, which function's code, and the report, for every graph compiled so far."""
+"""Which ``torch.compile`` call, which function's code, and the report, for every graph that can still be called."""
+
+
+def _forget(gone: weakref.ref[Any]) -> None:
+    _compilations[:] = [entry for entry in _compilations if entry[0] is not gone]
 
 
 def reports(compiled: Callable[..., Any] | torch.nn.Module) -> list[Report]:
@@ -78,13 +85,11 @@ def reports(compiled: Callable[..., Any] | torch.nn.Module) -> list[Report]:
         raise GradpruneError(
             f"{compiled!r} was not compiled by gradprune: pass what torch.compile(..., backend='gradprune') returned"
         )
-    alive = [entry for entry in _compilations if entry[0]() is not None]
-    _compilations[:] = alive
     code = dynamo.code_of(compiled)
     # Dynamo shares what it compiled between equal torch.compile calls on one function, so the reports are shared too.
     return [
         report
-        for reference, compiled_code, report in alive
+        for reference, compiled_code, report in _compilations
         if reference() is wrapper or (reference() == wrapper and code is not None and compiled_code is code)
     ]
 

@@ -5,7 +5,6 @@ Graphs are either captured, from a small step or model that goes through the bac
 
 from __future__ import annotations
 
-import dataclasses
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,8 +17,8 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
 
-from gradprune.backend import compile_graph
-from gradprune.compiler import lower
+from gradprune.compiler import pruning
+from gradprune.compiler.lower import compile_graph
 from gradprune.compiler.options import Options
 from gradprune.graph.regions import BACKWARD
 from gradprune.graph.step_graph import Form, InputRole, OutputRole, StepGraph, tensor_of
@@ -42,13 +41,13 @@ def captured(fn: Callable[..., Any], *args: Any, dynamic: bool | None = None) ->
         return []
 
     def backend(gm: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
-        return compile_graph(gm, example_inputs, Options(strict=True), interpret)[0]
+        return compile_graph(gm, example_inputs, Options(strict=True), inner_compile=interpret)
 
     torch._dynamo.reset()
     for flag in dynamo.TRACED_FLAGS:
         dynamo.scope_to_backend(flag, backend)
     try:
-        with mock.patch.object(lower, "run_passes", instead_of_passes):
+        with mock.patch.object(pruning, "run_passes", instead_of_passes):
             torch.compile(fn, backend=backend, dynamic=dynamic, fullgraph=True)(*args)
     finally:
         for flag in dynamo.TRACED_FLAGS:
@@ -59,12 +58,7 @@ def captured(fn: Callable[..., Any], *args: Any, dynamic: bool | None = None) ->
 
 def copied(step_graph: StepGraph) -> StepGraph:
     """A copy that shares no node with the original."""
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    values = graph.graph_copy(step_graph.graph, copies)
-    graph.output(values).meta = dict(step_graph.output_node.meta)
-    inputs = {copies[node]: role for node, role in step_graph.inputs.items()}
-    return dataclasses.replace(step_graph, graph=graph, inputs=inputs, outputs=list(step_graph.outputs))
+    return step_graph.copy()
 
 
 # --- Building by hand -------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from gradprune.errors import TrainingStepError
+from gradprune.errors import PassError, TrainingStepError
 from gradprune.graph.step_graph import Form, InputRole, OutputRole, set_outputs, source_line
 from gradprune.torch_compat.aot import functorch_grad
 from gradprune.torch_compat.dynamo import is_module_state, module_state_of_grad
@@ -57,7 +57,11 @@ def capture(gm: fx.GraphModule, *, forward_only: bool = False) -> Capture:
 
     Raises:
         TrainingStepError: The graph takes gradients, and all of them are weights'.
+        PassError: Torch did not note where an input comes from, so that weights cannot be told from data.
     """
+    for node in _placeholders(gm.graph):
+        if getattr(node, "_dynamo_source", None) is None:
+            raise PassError(f"torch noted no source ('_dynamo_source') for the graph's input {node.name}")
     calls = _gradient_calls(gm.graph)
     if calls:
         prepared = _prepare_step(gm, calls)

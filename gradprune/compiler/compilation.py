@@ -1,70 +1,89 @@
-"""Compile one graph that Dynamo captured."""
+"""One graph on its way through the compiler: what every stage needs to know, and the one way back from a failure."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx
 
-from gradprune.errors import GradpruneError, PassError
-from gradprune.inspect.observe import Observer
-from gradprune.report.report import Report
-from gradprune.torch_compat import dynamo, inductor
+from gradprune.errors import CompileError, PassError
+from gradprune.graph.editing import copy_graph, restore_graph
+from gradprune.torch_compat.inductor import compile_fx_inner
 
-from .capture import capture
-from .lower import InnerCompile, compile_as_captured, copy_graph, lower, restore_graph
+from .capture import Capture
+from .events import Fallback, Listener
 from .options import Options
+from .split import Split
 
 log = logging.getLogger(__name__)
 
 Callback = Callable[..., Any]
+InnerCompile = Callable[..., Any]
 
 
-def compile_graph(
-    gm: fx.GraphModule,
-    example_inputs: Sequence[Any],
-    options: Options,
-    inner_compile: InnerCompile = inductor.compile_fx_inner,
-    *,
-    run_prologue: bool = True,
-) -> tuple[Callback, Report]:
-    """Compile one Dynamo graph.
+@dataclass
+class Compilation:
+    """One graph on its way through the compiler.
 
-    Returns:
-        The compiled graph and its report.
-
-    Raises:
-        GradpruneError: As the backend does.
+    Attributes:
+        options: The backend's options.
+        listeners: Are told of every stage.
+        inner_compile: What turns an ATen graph into a callable.
+        run_prologue: Whether to divide a step into a prologue and the rest. Not for a graph that never computes.
+        capture: What Dynamo's graph says about itself.
+        was_traced: Whether the passes were shown the ATen graph of the whole capture.
+        parts: The divided step, if it was divided.
     """
-    dynamo.forget_sources_of_constants()
-    backup = copy_graph(gm.graph)
-    try:
-        captured = capture(gm, forward_only=options.forward_only)
-    except GradpruneError:
-        raise
-    except Exception as error:
-        if options.strict:
-            raise PassError(f"the captured graph could not be classified: {error!r}") from error
-        restore_graph(gm.graph, backup)
-        gm.recompile()
-        report = Report("model", fallback=f"the captured graph could not be classified: {error!r}")
-        observer = Observer(report, options, dynamo.compiling_name())
-        log.warning("gradprune compiled a graph as captured, because classifying it failed: %s", error, exc_info=error)
-        compiled = compile_as_captured(gm, example_inputs, options, observer.compiling(inner_compile))
-        observer.finish()
-        return compiled, report
-    report = Report(captured.form)
-    observer = Observer(report, options, dynamo.compiling_name())
-    observer.dynamo(backup, example_inputs)
-    inner_compile = observer.compiling(inner_compile)
-    try:
-        compiled = lower(
-            gm, example_inputs, captured, options, report, inner_compile, observer, run_prologue=run_prologue
-        )
-    except BaseException as error:
-        observer.abandon(error)
-        raise
-    observer.finish()
-    return compiled, report
+
+    options: Options
+    listeners: Sequence[Listener] = ()
+    inner_compile: InnerCompile = compile_fx_inner
+    run_prologue: bool = True
+    capture: Capture = field(default_factory=lambda: Capture("model", []))
+    was_traced: bool = False
+    parts: Split | None = None
+
+    def tell(self, event: str, *about: Any) -> None:
+        """Tell every listener; one that raises hears of it, and nothing else comes of it."""
+        for listener in self.listeners:
+            try:
+                getattr(listener, event)(*about)
+            except Exception as error:
+                listener.failed(event, error)
+
+    def attempt(self, what: Fallback, graph: fx.Graph, change: Callable[[], object], failure: str = "") -> bool:
+        """Change ``graph``, or leave it as it is and say so; with the option ``strict``, raise.
+
+        Args:
+            what: What there is to do without if the change fails.
+            graph: The graph that is changed.
+            change: Changes it.
+            failure: What to call an error that does not say itself what it is.
+
+        Returns:
+            Whether it was changed.
+
+        Raises:
+            CompileError: The graph must not be compiled at all, or ``strict`` is set and the change failed.
+        """
+        backup = copy_graph(graph)
+        try:
+            change()
+        except Exception as error:
+            if isinstance(error, CompileError) and not isinstance(error, PassError):
+                raise
+            reason = str(error) if isinstance(error, PassError) else f"{failure}: {error!r}"
+            self.fall_back(what, reason, graph, error)
+            restore_graph(graph, backup)
+            return False
+        return True
+
+    def fall_back(self, what: Fallback, reason: str, graph: fx.Graph | None, error: Exception | None = None) -> None:
+        """Say that something has to be done without; with the option ``strict``, raise."""
+        self.tell("fell_back", what, reason, graph)
+        if self.options.strict:
+            raise error if isinstance(error, PassError) else PassError(reason) from error
+        log.warning("gradprune: %s: %s", what.value, reason, exc_info=error)

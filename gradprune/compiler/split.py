@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import fx
+from torch import fx, nn
 
-from gradprune.graph.invariance import hoisted_values
 from gradprune.graph.step_graph import StepGraph
 
 
@@ -26,60 +25,56 @@ class Split:
 
     prologue: fx.GraphModule
     prologue_inputs: list[int]
-    step: fx.GraphModule
+    step: fx.Graph
     step_inputs: list[int]
     values: list[torch.Tensor]
 
 
-def split(gm: fx.GraphModule, step_graph: StepGraph) -> Split | None:
-    """Split a graph at its hoisted values; ``None`` if it has none.
+def split(step_graph: StepGraph, names: Collection[str]) -> Split:
+    """Take hoisted values out of a step graph, in place.
 
     Args:
-        gm: The graph; it is not changed.
-        step_graph: The roles of the same graph.
+        step_graph: The graph after all passes. What remains of it is the step.
+        names: Names of the nodes that compute the hoisted values.
     """
-    hoisted = hoisted_values(step_graph)
-    if not hoisted:
-        return None
-    placeholders = list(gm.graph.find_nodes(op="placeholder"))
+    graph = step_graph.graph
+    hoisted = [node for node in graph.nodes if node.name in names]
+    placeholders = list(graph.find_nodes(op="placeholder"))
+    values = [node.meta["val"] for node in hoisted]
     prologue = fx.Graph()
-    needed = _ancestors(hoisted, stop=set())
+    needed = _ancestors(hoisted)
     copies: dict[fx.Node, fx.Node] = {}
-    for node in gm.graph.nodes:
+    for node in graph.nodes:
         if node in needed:
             copies[node] = prologue.node_copy(node, copies.__getitem__)
     prologue.output(tuple(copies[node] for node in hoisted))
+    prologue.lint()
     prologue_inputs = [index for index, node in enumerate(placeholders) if node in needed]
 
-    step = fx.Graph()
-    impure = [node for node in step_graph.calls() if node.is_impure()]
-    needed = _ancestors([gm.graph.output_node(), *impure], stop=set(hoisted))
-    copies = {}
-    step_inputs = [index for index, node in enumerate(placeholders) if node in needed]
-    for index in step_inputs:
-        copies[placeholders[index]] = step.node_copy(placeholders[index], copies.__getitem__)
+    last, taken = placeholders[-1], set[fx.Node]()
     for node in hoisted:
-        copies[node] = step.placeholder(f"hoisted_{node.name}")
-        copies[node].meta = {"val": node.meta["val"]}
-    for node in gm.graph.nodes:
-        if node in needed and node not in copies:
-            copies[node] = step.node_copy(node, copies.__getitem__)
-    return Split(
-        fx.GraphModule(gm, prologue),
-        prologue_inputs,
-        fx.GraphModule(gm, step),
-        step_inputs,
-        [node.meta["val"] for node in hoisted],
-    )
+        with graph.inserting_after(last):
+            last = graph.placeholder(f"hoisted_{node.name}")
+        last.meta = {"val": node.meta["val"]}
+        taken.add(last)
+        node.replace_all_uses_with(last)
+    needed = _ancestors([step_graph.output_node, *(node for node in step_graph.calls() if node.is_impure())])
+    step_inputs = [index for index, node in enumerate(placeholders) if node in needed]
+    for node in reversed(graph.nodes):
+        if node not in needed and node not in taken:
+            graph.erase_node(node)
+    graph.lint()
+    prologue_module = fx.GraphModule(graph.owning_module or nn.Module(), prologue)
+    return Split(prologue_module, prologue_inputs, graph, step_inputs, values)
 
 
-def _ancestors(nodes: Iterable[fx.Node], stop: set[fx.Node]) -> set[fx.Node]:
-    """``nodes`` and all they are computed from, down to and without ``stop``."""
+def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """``nodes`` and all they are computed from."""
     found: set[fx.Node] = set()
     waiting = list(nodes)
     while waiting:
         node = waiting.pop()
-        if node not in found and node not in stop:
+        if node not in found:
             found.add(node)
             waiting += node.all_input_nodes
     return found

@@ -75,6 +75,14 @@ class StepGraph:
         """Replace what is returned."""
         set_outputs(self.graph, values)
 
+    def copy(self) -> StepGraph:
+        """A copy that shares no node with this one."""
+        graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+        values = graph.graph_copy(self.graph, copies)
+        graph.output(values).meta = dict(self.output_node.meta)
+        inputs = {copies[node]: role for node, role in self.inputs.items()}
+        return StepGraph(graph, self.form, inputs, list(self.outputs), dict(self.kept_because))
+
     def weights(self) -> list[fx.Node]:
         """Placeholders that hold a parameter or a buffer."""
         return [node for node, role in self.inputs.items() if role is InputRole.WEIGHT]

@@ -11,12 +11,16 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_leaves, tree_map
 
-from gradprune.compiler.compilation import compile_graph
+from gradprune.compiler.lower import compile_graph
 from gradprune.compiler.options import Options
 from gradprune.errors import NoPerturbationError
 from gradprune.graph.cost import FLOP_CLASSES, node_flops
-from gradprune.report.report import Report, saved_by
+from gradprune.report.figures import saved_by
+from gradprune.report.recorder import Recorder
+from gradprune.report.report import Report
 from gradprune.torch_compat import aot, dynamo, inductor
+
+from .observe import Observer
 
 
 @dataclass(frozen=True)
@@ -74,8 +78,10 @@ def analyse(fn: Callable[..., Any], args: Sequence[Any], options: Options) -> An
             example = getattr(node.meta.get("grapharg"), "example", None)
             if isinstance(example, torch.Tensor) and dynamo.is_module_state(node):
                 weights[id(example)] = example
-        compiled, report = compile_graph(gm, example_inputs, options, pretend, run_prologue=False)
-        found.append(report)
+        recorder = Recorder(dynamo.compiling_name())
+        listeners = recorder, Observer(recorder.report, options)
+        compiled = compile_graph(gm, example_inputs, options, listeners, inner_compile=pretend, run_prologue=False)
+        found.append(recorder.report)
         return compiled
 
     _call(fn, args, compile_one, flags=dynamo.TRACED_FLAGS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import operator
+import logging
 import os
 import textwrap
 from collections import Counter
@@ -12,18 +12,17 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from torch import fx
-
 from gradprune.errors import GradpruneError
-from gradprune.graph.cost import FLOP_CLASSES, count_flops, flops_by_node
-from gradprune.graph.liveness import base, live_bytes, saved_nodes, total_bytes
+from gradprune.graph.cost import FLOP_CLASSES
 from gradprune.graph.step_graph import Form, StepGraph
 from gradprune.passes.base import Change
-from gradprune.passes.pipeline import PassRecord, count_ops
+from gradprune.passes.pipeline import PassRecord
 
+from .figures import Figures
 from .kernels import Kernel
-from .prediction import predict
 from .snapshot import Snapshot, Why
+
+log = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
 """Version of what ``Report.to_dict`` returns. Keys may be added without a new one."""
@@ -42,42 +41,92 @@ class Report:
     see ``gradprune.graph.liveness``; in the model form ``saved_bytes["after"]`` is what the compiled forward pass
     really hands to the backward pass.
 
+    Counting takes time and is done when a figure is first asked for.
+
     Attributes:
         form: ``"step"`` or ``"model"``.
-        ops: Operators before and after.
-        flops: FLOPs by class (``forward``, ``input_grad``, ``weight_grad``, ``other``), before and after.
-        saved_bytes: Bytes kept from forward to backward, before and after.
-        peak_bytes: Largest number of bytes alive at once, before and after, without fusion.
-        memory: Bytes alive while each operator runs, in graph order, before and after, without fusion.
-        moved_bytes: Bytes that one call should read and write, before and after, see ``gradprune.report.prediction``.
-        weight_gradients: Operators that compute a weight gradient after all passes, and which output needs it.
         passes: The passes that ran.
         kernels: What Inductor's generated code calls; empty if nothing was compiled.
-        fallback: Why the graph was compiled as captured, ``None`` if it was not.
+        fallback: Why something had to be done without, ``None`` if nothing had to.
+        fallback_kind: What it was, ``None`` if nothing was: ``"folding failed"`` (batch norm is not folded),
+            ``"passes failed, compiled as captured"`` (all but unread weight gradients is computed) or
+            ``"compiled as captured"`` (nothing is known about the graph).
         function: Name of the function or module that the graph was captured from, if it is known.
-        graphs: The nodes before and after, by name.
         dump: Folder that all of this was written to, ``None`` if nothing was.
         dump_error: Why something is missing there, ``None`` if nothing is.
     """
 
     form: Form
-    ops: dict[str, int] = field(default_factory=dict)
-    flops: dict[str, dict[str, int]] = field(default_factory=dict)
-    saved_bytes: dict[str, int] = field(default_factory=dict)
-    peak_bytes: dict[str, int] = field(default_factory=dict)
-    memory: dict[str, list[int]] = field(default_factory=dict)
-    moved_bytes: dict[str, int] = field(default_factory=dict)
-    weight_gradients: list[Change] = field(default_factory=list)
     passes: list[PassRecord] = field(default_factory=list)
     kernels: list[Kernel] = field(default_factory=list)
     fallback: str | None = None
+    fallback_kind: str | None = None
     function: str = ""
     dump: str | None = None
     dump_error: str | None = None
-    _time: dict[str, float] = field(default_factory=dict, repr=False)
-    graphs: dict[str, Snapshot] = field(default_factory=dict, repr=False)
-    _hoisted_bytes: dict[str, int] = field(default_factory=dict, repr=False)
+    _graphs: dict[str, StepGraph] = field(default_factory=dict, repr=False)
+    _figures: dict[str, Figures] = field(default_factory=dict, repr=False)
+    _saved_by_forward: int | None = field(default=None, repr=False)
     _removed_by: dict[str, str] = field(default_factory=dict, repr=False)
+
+    def keep(self, step_graph: StepGraph, when: str) -> None:
+        """Keep a copy of a graph, ``when`` being "before" or "after", to count in once a figure is asked for."""
+        self._graphs[when] = step_graph.copy()
+
+    def figures(self) -> dict[str, Figures]:
+        """All that is counted, before and after. What cannot be counted is a warning, and is missing."""
+        while self._graphs:
+            when, step_graph = self._graphs.popitem()
+            try:
+                self._figures[when] = Figures.of(step_graph)
+            except Exception as error:
+                log.warning(
+                    "gradprune: the figures %s the passes are missing in a report: %r", when, error, exc_info=error
+                )
+        if "before" not in self._figures:
+            return {}  # nothing to compare with
+        return {when: self._figures[when] for when in ("before", "after") if when in self._figures}
+
+    @property
+    def ops(self) -> dict[str, int]:
+        """Operators, before and after."""
+        return {when: figures.ops for when, figures in self.figures().items()}
+
+    @property
+    def flops(self) -> dict[str, dict[str, int]]:
+        """FLOPs by class (``forward``, ``input_grad``, ``weight_grad``, ``other``), before and after."""
+        return {when: figures.flops for when, figures in self.figures().items()}
+
+    @property
+    def saved_bytes(self) -> dict[str, int]:
+        """Bytes kept from forward to backward, before and after."""
+        saved = {when: figures.saved_bytes for when, figures in self.figures().items()}
+        return saved if self._saved_by_forward is None else {**saved, "after": self._saved_by_forward}
+
+    @property
+    def peak_bytes(self) -> dict[str, int]:
+        """Largest number of bytes alive at once, before and after, without fusion."""
+        return {when: max(figures.memory, default=0) for when, figures in self.figures().items()}
+
+    @property
+    def memory(self) -> dict[str, list[int]]:
+        """Bytes alive while each operator runs, in graph order, before and after, without fusion."""
+        return {when: figures.memory for when, figures in self.figures().items()}
+
+    @property
+    def moved_bytes(self) -> dict[str, int]:
+        """Bytes that one call should read and write, before and after, see ``gradprune.report.prediction``."""
+        return {when: figures.prediction.moved_bytes for when, figures in self.figures().items()}
+
+    @property
+    def graphs(self) -> dict[str, Snapshot]:
+        """The nodes by name, before and after."""
+        return {when: figures.graph for when, figures in self.figures().items()}
+
+    @property
+    def weight_gradients(self) -> list[Change]:
+        """Operators that compute a weight gradient after all passes, and which output needs it."""
+        return [change for figures in list(self.figures().values())[-1:] for change in figures.weight_gradients]
 
     @property
     def removed(self) -> list[Change]:
@@ -107,7 +156,12 @@ class Report:
     @property
     def hoisted_bytes(self) -> int:
         """Bytes that the hoisted values take from one step to the next, not counting padding of packed weights."""
-        return sum(self._hoisted_bytes.values())
+        return sum(self._hoisted_bytes().values())
+
+    def _hoisted_bytes(self) -> dict[str, int]:
+        """Bytes of every hoisted value, by the name of its node."""
+        bytes_of = next((figures.bytes_of for figures in list(self.figures().values())[-1:]), {})
+        return {change.node: bytes_of[change.node] for change in self.hoisted if change.node in bytes_of}
 
     @property
     def speedup(self) -> dict[str, float]:
@@ -115,23 +169,13 @@ class Report:
         pairs: dict[str, Mapping[str, float]] = {
             "flops": {when: sum(classes.values()) for when, classes in self.flops.items()},
             "bytes": self.moved_bytes,
-            "predicted": self._time,
+            "predicted": {when: figures.prediction.time for when, figures in self.figures().items()},
         }
         return {name: pair["before"] / pair["after"] for name, pair in pairs.items() if pair.get("after")}
 
-    def measure(self, step_graph: StepGraph, when: str) -> None:
-        """Fill in the figures of ``step_graph`` as it is now, ``when`` being "before" or "after"."""
-        self.ops[when] = count_ops(step_graph)
-        self.flops[when] = count_flops(step_graph)
-        self.saved_bytes[when] = total_bytes(saved_nodes(step_graph))
-        self.memory[when] = live_bytes(step_graph)
-        self.peak_bytes[when] = max(self.memory[when], default=0)
-        prediction = predict(step_graph)
-        self.moved_bytes[when], self._time[when] = prediction.moved_bytes, prediction.time
-        self.graphs[when] = Snapshot.of(step_graph)
-        self.weight_gradients = _weight_gradients(step_graph, self.graphs[when])
-        hoisted = {change.node for change in self.hoisted}
-        self._hoisted_bytes = {node.name: total_bytes([node]) for node in step_graph.calls() if node.name in hoisted}
+    def note_saved(self, saved: int) -> None:
+        """Note the bytes that the compiled forward pass hands to the backward pass."""
+        self._saved_by_forward = saved
 
     def note_removed(self, names: Iterable[str], by: str) -> None:
         """Remember which pass the nodes called ``names`` are gone with."""
@@ -181,14 +225,10 @@ class Report:
             )
         else:
             reason = graph.meaning(output)
-        hoisted = next((name for name in names if name in self._hoisted_bytes), None)
+        hoisted = next((name for name in names if name in self._hoisted_bytes()), None)
         if hoisted is not None:
             reason += f"; {'it is' if hoisted == node else f'{hoisted} is'} computed once per attack"
         return Why(node, seen.operator, seen.source, True, chain, output, reason)
-
-    def measure_saved(self, forward: fx.Graph) -> None:
-        """Take the bytes saved for backward from a partitioned forward graph."""
-        self.saved_bytes["after"] = saved_by(forward)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data that ``json.dump`` takes, and that ``report.json`` of a dump holds.
@@ -199,8 +239,8 @@ class Report:
             and ``after``; ``speedup`` (ratios of ``flops`` and ``bytes``, and ``predicted``); the lists ``removed``,
             ``narrowed``, ``hoisted``, ``skipped`` and ``weight_gradients`` of ``node``, ``operator``, ``source``,
             ``reason``, for hoisted values ``bytes`` too; ``passes`` (``name``, ``tier``, ``seconds``, ``ops``);
-            ``kernels`` (``name``, ``count``, ``kind``, ``part``); ``fallback``, ``dump``, ``dump_error``, which may be
-            ``None``.
+            ``kernels`` (``name``, ``count``, ``kind``, ``part``); ``fallback``, ``fallback_kind``, ``dump``,
+            ``dump_error``, which may be ``None``.
         """
         return {
             "schema_version": SCHEMA_VERSION,
@@ -216,7 +256,7 @@ class Report:
             "removed": [asdict(change) for change in self.removed],
             "narrowed": [asdict(change) for change in self.narrowed],
             "hoisted": [
-                {**asdict(change), "bytes": self._hoisted_bytes.get(change.node, 0)} for change in self.hoisted
+                {**asdict(change), "bytes": self._hoisted_bytes().get(change.node, 0)} for change in self.hoisted
             ],
             "skipped": [asdict(change) for change in self.skipped],
             "weight_gradients": [asdict(change) for change in self.weight_gradients],
@@ -231,6 +271,7 @@ class Report:
             ],
             "kernels": [asdict(kernel) for kernel in self.kernels],
             "fallback": self.fallback,
+            "fallback_kind": self.fallback_kind,
             "dump": self.dump,
             "dump_error": self.dump_error,
         }
@@ -239,7 +280,7 @@ class Report:
         """The report in a line."""
         name = self.function or {"step": "a step", "model": "a model"}[self.form]
         if "after" not in self.ops:
-            return f"{name}: compiled as captured: {self.fallback}" if self.fallback else f"{name}: nothing to prune"
+            return f"{name}: {self.fallback_kind}: {self.fallback}" if self.fallback else f"{name}: nothing to prune"
         total = {when: sum(classes.values()) for when, classes in self.flops.items()}
         parts = [f"{self.ops['before']} -> {self.ops['after']} operators"]
         for label, values in (("FLOP", total), ("B saved", self.saved_bytes)):
@@ -252,9 +293,9 @@ class Report:
         title = {"step": "attack step, one graph", "model": "model, backward called from outside"}[self.form]
         lines = [f"gradprune: {title}"]
         if self.fallback is not None:
-            lines += _wrap(f"compiled as captured: {self.fallback}")
+            lines += _wrap(f"{self.fallback_kind}: {self.fallback}")
         if "after" in self.ops:
-            lines += self._figures()
+            lines += self._table()
         counts: Counter[str]
         for label, changes in (("removed", self.removed), ("narrowed", self.narrowed)):
             if changes:
@@ -284,7 +325,7 @@ class Report:
             lines += _wrap(f"not written: {self.dump_error}")
         return "\n".join(lines)
 
-    def _figures(self) -> list[str]:
+    def _table(self) -> list[str]:
         total = {when: sum(classes.values()) for when, classes in self.flops.items()}
         lines = [f"  {'':<24}{'before':>14}{'after':>14}", _row("operators", self.ops, 1, 0)]
         unit, prefix = unit_of(max(total.values()))
@@ -304,31 +345,6 @@ class Report:
         if "predicted" in ratio:
             lines.append(f"  predicted from both{'':<33}{_times(ratio['predicted'])}, kernels being equally good")
         return lines
-
-
-def _weight_gradients(step_graph: StepGraph, seen: Snapshot) -> list[Change]:
-    """Operators that compute a weight gradient, and which output needs it."""
-    changes = []
-    for node, classes in flops_by_node(step_graph).items():
-        if not classes.get("weight_grad"):
-            continue
-        results = [user for user in node.users if user.target is operator.getitem and user.args[1] == 1]
-        _, output = seen.path(results[0].name if results else node.name)
-        if output is not None:
-            changes.append(Change.at(node, f"output {output} needs it: {seen.meaning(output)}"))
-    return changes
-
-
-def saved_by(forward: fx.Graph) -> int:
-    """Bytes that a partitioned forward graph computes and hands to its backward graph."""
-    output = forward.output_node()
-    visible = set(output.meta["user_visible_output_idxs"])
-    saved = {
-        base(value): None
-        for position, value in enumerate(output.args[0])  # type: ignore[arg-type]
-        if position not in visible and isinstance(value, fx.Node) and base(value).op == "call_function"
-    }
-    return total_bytes(saved)
 
 
 def _kept(skipped: Sequence[Change]) -> list[str]:

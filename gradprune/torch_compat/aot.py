@@ -10,10 +10,13 @@ import torch
 from torch import fx
 from torch._functorch import config as functorch_config
 from torch._functorch._aot_autograd.descriptors import (
+    BackwardTokenAOTOutput,
+    ForwardTokenAOTOutput,
     GradAOTOutput,
     InputMutationAOTOutput,
     PlainAOTInput,
     PlainAOTOutput,
+    TangentAOTInput,
 )
 from torch._functorch.eager_transforms import _autograd_grad as functorch_grad
 from torch._subclasses.fake_tensor import FakeTensorMode, is_fake
@@ -25,11 +28,13 @@ __all__ = [
     "InputMutationAOTOutput",
     "PlainAOTInput",
     "PlainAOTOutput",
+    "TangentAOTInput",
     "declare_absent_outputs",
     "declare_no_donated_buffers",
     "functorch_config",
     "functorch_grad",
     "is_fake",
+    "output_descriptors",
     "requests_weight_gradient",
     "size_hint",
     "without_modes",
@@ -43,6 +48,25 @@ def declare_no_donated_buffers() -> None:
         context.fw_metadata.bw_donated_idxs = []
 
 
+def output_descriptors(graph: fx.Graph) -> list[Any]:
+    """What AOTAutograd noted on every output of a graph.
+
+    Torch threads a token through operators with effects. When it takes the tokens out of a graph it takes them from the
+    outputs, and leaves what it noted on them.
+
+    Raises:
+        ValueError: It noted more, or less, than there are outputs.
+    """
+    output = graph.output_node()
+    values, descriptors = list(output.args[0]), list(output.meta["desc"])  # type: ignore[arg-type]
+    if len(descriptors) > len(values):
+        tokens = ForwardTokenAOTOutput, BackwardTokenAOTOutput
+        descriptors = [descriptor for descriptor in descriptors if not isinstance(descriptor, tokens)]
+    if len(descriptors) != len(values):
+        raise ValueError(f"torch noted {len(descriptors)} descriptors ('desc') for {len(values)} outputs")
+    return descriptors
+
+
 def declare_absent_outputs(graph: fx.Graph) -> None:
     """Say for the graph being compiled which of its outputs are None.
 
@@ -51,10 +75,9 @@ def declare_absent_outputs(graph: fx.Graph) -> None:
     """
     context = torch._guards.TracingContext.try_get()
     output = graph.output_node()
-    descriptors = output.meta.get("desc")
-    if context is None or context.fw_metadata is None or descriptors is None:
+    if context is None or context.fw_metadata is None or output.meta.get("desc") is None:
         return
-    for value, descriptor in zip(output.args[0], descriptors, strict=True):  # type: ignore[arg-type]
+    for value, descriptor in zip(output.args[0], output_descriptors(graph), strict=True):  # type: ignore[arg-type]
         if value is None and isinstance(descriptor, PlainAOTOutput):
             info = context.fw_metadata.output_info
             info[descriptor.idx] = dataclasses.replace(info[descriptor.idx], dynamic_dims=None)

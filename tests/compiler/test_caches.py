@@ -12,11 +12,11 @@ from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
 
 import gradprune
-from gradprune.compiler import lower
+from gradprune.compiler import pruning
 from gradprune.compiler.capture import Capture
+from gradprune.compiler.compilation import Compilation
 from gradprune.compiler.options import Options
 from gradprune.graph.step_graph import InputRole, OutputRole
-from gradprune.inspect.observe import Observer
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +60,7 @@ def test_other_options_are_not_found(monkeypatch: pytest.MonkeyPatch):
     assert (seen["hit"], seen["miss"]) == (0, 1)
     assert "dgrad-as-convolution" not in [record.name for record in report.passes]
     # Nor is anything that was compiled by another version of the passes.
-    monkeypatch.setattr(lower, "source_hash", lambda: "another version")
+    monkeypatch.setattr(pruning, "source_hash", lambda: "another version")
     assert compile_again()[0] == {"hit": 0, "miss": 1, "bypass": 0}
     monkeypatch.undo()
     assert compile_again()[0] == {"hit": 1, "miss": 0, "bypass": 0}
@@ -71,8 +71,7 @@ def test_other_options_are_not_found(monkeypatch: pytest.MonkeyPatch):
 
 def uuid_of(capture: Capture | None = None, user_pass: Any = None, **options: Any) -> bytes | None:
     capture = capture or Capture("step", [InputRole.WEIGHT, InputRole.PERTURBATION], {1: OutputRole.WEIGHT_GRAD})
-    parsed, report = Options(**options), gradprune.Report("step")
-    return lower.PruningPass(capture, parsed, report, Observer(report, parsed), user_pass).uuid()
+    return pruning.PruningPass(Compilation(Options(**options), capture=capture), user_pass).uuid()
 
 
 def test_equal_passes_have_one_uuid():
@@ -103,22 +102,22 @@ def test_roles_are_part_of_the_uuid(capture: Capture):
 
 def test_source_is_part_of_the_uuid(monkeypatch: pytest.MonkeyPatch):
     before = uuid_of()
-    monkeypatch.setattr(lower, "source_hash", lambda: "another version")
+    monkeypatch.setattr(pruning, "source_hash", lambda: "another version")
     assert uuid_of() != before
 
 
 def test_source_of_the_passes_is_hashed(tmp_path: Any, monkeypatch: pytest.MonkeyPatch):
-    before = lower.source_hash()
+    before = pruning.source_hash()
     (tmp_path / "__init__.py").write_text("")
     (tmp_path / "rules").mkdir()
     (tmp_path / "rules" / "more.py").write_text("1")
-    monkeypatch.setattr(lower.passes, "__file__", str(tmp_path / "__init__.py"))
-    lower.source_hash.cache_clear()
-    other = lower.source_hash()
+    monkeypatch.setattr(pruning.passes, "__file__", str(tmp_path / "__init__.py"))
+    pruning.source_hash.cache_clear()
+    other = pruning.source_hash()
     (tmp_path / "rules" / "more.py").write_text("2")
-    lower.source_hash.cache_clear()
-    another = lower.source_hash()
-    lower.source_hash.cache_clear()
+    pruning.source_hash.cache_clear()
+    another = pruning.source_hash()
+    pruning.source_hash.cache_clear()
     assert len({before, other, another}) == 3
 
 

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ModelState
+from helpers import ModelState, interpret
 from tiny import STEPS, backward_step, images, input_gradient, network
 from torch import fx
 
 import gradprune
 from gradprune import backend
+from gradprune.compiler import lower, pruning
+from gradprune.compiler.lower import compile_graph
 from gradprune.graph.step_graph import OutputRole, StepGraph
+from gradprune.inspect.observe import Observer
 from gradprune.passes.base import PassResult
 from gradprune.passes.dgrad_as_convolution import DgradAsConvolution
+from gradprune.report import figures
+from gradprune.report.recorder import Recorder
 
 pytestmark = pytest.mark.usefixtures("no_code")
 
@@ -122,22 +129,139 @@ def test_graph_that_cannot_be_classified(monkeypatch: pytest.MonkeyPatch, caplog
                 gm.graph.erase_node(node)
         raise KeyError("boom")
 
-    monkeypatch.setattr(backend, "capture", fails)
+    monkeypatch.setattr(lower, "capture", fails)
     expected = backward_step(network())(*images())
     compiled = gradprune.compile(backward_step(network()))
     torch.testing.assert_close(compiled(*images()), expected)
     assert "could not be classified: KeyError('boom')" in (gradprune.reports(compiled)[0].fallback or "")
-    assert "classifying it failed" in one_warning(caplog)
+    assert "compiled as captured: the captured graph could not be classified" in one_warning(caplog)
     with pytest.raises(gradprune.PassError, match=r"could not be classified: KeyError\('boom'\)"):
         gradprune.compile(backward_step(network()), strict=True)(*images())
 
 
-def test_failure_while_measuring_is_no_failure_of_a_pass(monkeypatch: pytest.MonkeyPatch):
-    """The report's figures are taken inside the same safety net."""
-    monkeypatch.setattr(gradprune.Report, "measure", fails)
-    expected = backward_step(network())(*images())
-    compiled = gradprune.compile(backward_step(network()))
-    torch.testing.assert_close(compiled(*images()), expected)
+def step_report(**options: Any) -> tuple[Any, gradprune.Report]:
+    compiled = gradprune.compile(backward_step(network()), **options)
+    results = compiled(*images())
     (report,) = gradprune.reports(compiled)
-    assert report.fallback is not None
-    assert "compiled as captured" in str(report)
+    return results, report
+
+
+@pytest.mark.parametrize("event", ["captured", "classified", "traced", "passed", "pruned", "split", "finished"])
+@pytest.mark.parametrize("listener", [Recorder, Observer])
+def test_a_listener_that_raises_changes_nothing(
+    listener: type, event: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+):
+    """Neither the graphs that are compiled nor what they compute; all that comes of it is a warning."""
+    graphs: list[str] = []
+
+    def record(gm: fx.GraphModule, inputs: Any, **settings: Any) -> Any:
+        graphs.append(str(gm.graph))
+        return interpret(gm, inputs, **settings)
+
+    monkeypatch.setattr(backend, "compile_graph", functools.partial(compile_graph, inner_compile=record))
+    options = {"strict": True, "dump": str(tmp_path)}
+    expected, report = step_report(**options)
+    assert report.fallback is None
+    torch._dynamo.reset()
+
+    def fails(self: object, *about: object) -> None:
+        raise KeyError("boom")
+
+    monkeypatch.setattr(listener, event, fails)
+    results, report = step_report(**options)
+    assert report.fallback is None
+    assert graphs[0] == graphs[1]
+    for result, wanted in zip(results, expected, strict=True):
+        torch.testing.assert_close(result, wanted, rtol=0, atol=0)
+    assert "boom" in one_warning(caplog)
+
+
+def test_a_figure_that_cannot_be_counted(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+    def fails(step_graph: StepGraph) -> Any:
+        raise KeyError("boom")
+
+    monkeypatch.setattr(figures, "count_flops", fails)
+    results, report = step_report(strict=True)
+    torch.testing.assert_close(results, backward_step(network())(*images()))
+    assert report.fallback is None
+    assert (report.flops, report.ops) == ({}, {})
+    warnings = [record.getMessage() for record in caplog.records if record.name.startswith("gradprune")]
+    assert len(warnings) == 2
+    assert all("lacks the figures" in warning for warning in warnings)
+    assert "hoist-invariants" in str(report)
+
+
+# --- What torch no longer notes ---------------------------------------------------------------------------------------
+
+
+def without_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = pruning.PruningPass.__call__
+
+    def call(self: pruning.PruningPass, graph: fx.Graph) -> None:
+        for node in graph.nodes:
+            node.meta.pop("desc", None)
+        original(self, graph)
+
+    monkeypatch.setattr(pruning.PruningPass, "__call__", call)
+
+
+def without_input_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = pruning.PruningPass.__call__
+
+    def call(self: pruning.PruningPass, graph: fx.Graph) -> None:
+        for node in graph.find_nodes(op="placeholder"):
+            node.meta.pop("desc", None)
+        original(self, graph)
+
+    monkeypatch.setattr(pruning.PruningPass, "__call__", call)
+
+
+def without_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = lower.compile_graph
+
+    def compile_graph(gm: fx.GraphModule, *args: Any, **options: Any) -> Any:
+        for node in gm.graph.find_nodes(op="placeholder"):
+            node._dynamo_source = None
+        return original(gm, *args, inner_compile=interpret, **options)
+
+    monkeypatch.setattr(backend, "compile_graph", compile_graph)
+
+
+def without_origins(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = pruning.PruningPass.__call__
+
+    def call(self: pruning.PruningPass, graph: fx.Graph) -> None:
+        for node in graph.nodes:
+            node.meta.pop("from_node", None)
+        original(self, graph)
+
+    monkeypatch.setattr(pruning.PruningPass, "__call__", call)
+
+
+@pytest.mark.parametrize(
+    ("lose", "named", "kind"),
+    [
+        (without_descriptors, "'desc'", "compiled as captured"),
+        (without_input_descriptors, "'desc'", "passes failed, compiled as captured"),
+        (without_sources, "'_dynamo_source'", "compiled as captured"),
+        (without_origins, "'from_node'", "passes failed, compiled as captured"),
+    ],
+)
+def test_lost_information_is_named(
+    lose: Callable[[pytest.MonkeyPatch], None],
+    named: str,
+    kind: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+):
+    expected = backward_step(network())(*images())
+    lose(monkeypatch)
+    results, report = step_report()
+    torch.testing.assert_close(results, expected)
+    assert named in (report.fallback or "")
+    assert report.fallback_kind == kind
+    assert f"{kind}: " in str(report)
+    assert named in one_warning(caplog)
+    torch._dynamo.reset()
+    with pytest.raises(gradprune.PassError, match=named):
+        step_report(strict=True)

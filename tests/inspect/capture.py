@@ -10,7 +10,7 @@ from helpers import step_by_backward
 from torch import nn
 
 import gradprune
-from gradprune.compiler import lower
+from gradprune.compiler import pruning
 from gradprune.graph.step_graph import StepGraph
 from gradprune.inspect.graph_data import graph_data
 from gradprune.report.report import Report
@@ -21,7 +21,7 @@ Graph = dict[str, Any]
 def graphs_of(function: Any, *args: Any, **options: Any) -> tuple[Report, Graph, Graph]:
     """What ``explain`` says of a function, and the data of its graph before and after the passes."""
     found: list[Graph] = []
-    run_passes = lower.run_passes
+    run_passes = pruning.run_passes
 
     def spy(step_graph: StepGraph, *args: Any, **options: Any) -> Any:
         before = graph_data(step_graph)
@@ -30,7 +30,7 @@ def graphs_of(function: Any, *args: Any, **options: Any) -> tuple[Report, Graph,
         return records
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lower, "run_passes", spy)
+        patch.setattr(pruning, "run_passes", spy)
         report = gradprune.explain(function, *args, strict=True, **options)
     before, after = found
     return report, before, after

@@ -16,10 +16,11 @@ from random_networks import Network, networks
 from torch import fx, nn
 
 from gradprune import Options, Report
-from gradprune.backend import compile_graph
-from gradprune.compiler import lower
+from gradprune.compiler import pruning
+from gradprune.compiler.lower import compile_graph
 from gradprune.graph.step_graph import StepGraph
 from gradprune.passes.pipeline import run_passes
+from gradprune.report.recorder import Recorder
 from gradprune.torch_compat import dynamo
 
 Result = tuple[torch.Tensor, torch.Tensor]
@@ -55,9 +56,10 @@ class Compiler:
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
         options = Options(strict=True, verify=True)
-        with mock.patch.object(lower, "run_passes", self._run_passes):
-            compiled, report = compile_graph(gm, example_inputs, options, interpret)
-        self.reports.append(report)
+        recorder = Recorder()
+        with mock.patch.object(pruning, "run_passes", self._run_passes):
+            compiled = compile_graph(gm, example_inputs, options, [recorder], inner_compile=interpret)
+        self.reports.append(recorder.report)
         return compiled
 
     def _run_passes(self, step_graph: StepGraph, *args: Any, **kwargs: Any) -> Any:

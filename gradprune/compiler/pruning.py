@@ -1,0 +1,141 @@
+"""The passes inside Inductor's compilation: gives the ATen graph its roles, runs them, divides the step."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import pickle
+from pathlib import Path
+from typing import Any
+
+from torch import fx
+
+from gradprune import passes
+from gradprune.errors import PassError
+from gradprune.graph.regions import mark_backward
+from gradprune.graph.step_graph import InputRole, OutputRole, StepGraph, set_outputs
+from gradprune.passes.pipeline import PassRecord, run_passes, select_passes
+from gradprune.torch_compat import aot, dynamo, inductor
+
+from .capture import Capture
+from .compilation import Compilation
+from .events import Fallback
+from .split import split
+
+
+class PruningPass(inductor.CustomGraphPass):
+    """Runs the pipeline on the joint graph (model form) or on the step graph, before Inductor's own joint passes."""
+
+    def __init__(self, compilation: Compilation, user_pass: Any = None) -> None:
+        self.compilation = compilation
+        self.user_passes = list(user_pass) if isinstance(user_pass, (list, tuple)) else [user_pass] * bool(user_pass)
+
+    def __call__(self, graph: fx.Graph) -> None:
+        """Prune ``graph`` in place."""
+        for user_pass in self.user_passes:
+            user_pass(graph)
+        compilation, capture = self.compilation, self.compilation.capture
+        if graph.output_node().meta.get("desc") is None:
+            return  # the body of a loop, a branch or the like inside the graph
+        compilation.was_traced = True
+        pruned: list[tuple[StepGraph, set[str]]] = []
+
+        def prune() -> None:
+            pruned.append(self._prune(graph))
+
+        if not compilation.attempt(Fallback.PASSES, graph, prune, "the passes failed"):
+            _drop_weight_gradients(graph, capture)
+            return
+        ((step_graph, hoisted),) = pruned
+        compilation.tell("pruned", step_graph)
+        if hoisted and capture.form == "step":
+            # What is only looked at stays whole.
+            parts = split(step_graph if compilation.run_prologue else step_graph.copy(), hoisted)
+            compilation.tell("split", parts)
+            compilation.parts = parts if compilation.run_prologue else None
+
+    def _prune(self, graph: fx.Graph) -> tuple[StepGraph, set[str]]:
+        """Run the passes; returns the graph and the names of the nodes to hoist."""
+        compilation, options = self.compilation, self.compilation.options
+        step_graph = build_step_graph(graph, compilation.capture)
+        compilation.tell("traced", step_graph)
+
+        def observe(record: PassRecord) -> None:
+            compilation.tell("passed", record, graph, step_graph)
+
+        selected = select_passes(options.disable, options.exact_order)
+        records = run_passes(step_graph, selected, verify=options.verify, observe=observe)
+        return step_graph, {change.node for record in records for change in record.result.hoisted}
+
+    def uuid(self) -> bytes | None:
+        """Identity of the passes for Inductor's cache: their source, the options, the roles of this graph."""
+        user_ids = [user_pass.uuid() for user_pass in self.user_passes if hasattr(user_pass, "uuid")]
+        if len(user_ids) < len(self.user_passes) or None in user_ids:
+            return None  # someone's pass cannot be identified, so nothing may be cached
+        options, capture = self.compilation.options, self.compilation.capture
+        chosen = (options.disable, options.exact_order, options.verify, options.strict)
+        roles = (capture.form, capture.inputs, sorted(capture.outputs.items(), key=lambda item: item[0]))
+        return hashlib.sha256(pickle.dumps((source_hash(), chosen, roles, user_ids))).digest()
+
+
+def _drop_weight_gradients(graph: fx.Graph, capture: Capture) -> None:
+    """Return no weight gradients from a graph that is otherwise compiled as traced: ``.grad`` stays untouched."""
+    roles, _ = _output_roles(graph, capture)
+    values = zip(graph.output_node().args[0], roles, strict=True)  # type: ignore[arg-type]
+    set_outputs(graph, [None if role is OutputRole.WEIGHT_GRAD else value for value, role in values])
+
+
+@functools.lru_cache(maxsize=1)
+def source_hash() -> str:
+    """Hash of the source of gradprune, passes included."""
+    digest = hashlib.sha256()
+    folders = {Path(__file__).parents[1], Path(passes.__file__ or "").parent}
+    for file in sorted({path.resolve() for folder in folders for path in folder.rglob("*.py")}):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def build_step_graph(graph: fx.Graph, capture: Capture) -> StepGraph:
+    """Give an ATen graph its roles.
+
+    Raises:
+        PassError: Torch did not note what the roles are read from.
+    """
+    inputs = {}
+    for node in graph.find_nodes(op="placeholder"):
+        descriptor = node.meta.get("desc")
+        if descriptor is None:
+            raise PassError(f"torch noted no descriptor ('desc') for the graph's input {node.name}")
+        if isinstance(descriptor, aot.PlainAOTInput):
+            inputs[node] = capture.inputs[descriptor.idx]
+        else:
+            inputs[node] = InputRole.TANGENT if isinstance(descriptor, aot.TangentAOTInput) else InputRole.DATA
+    outputs, kept_because = _output_roles(graph, capture)
+    step_graph = StepGraph(graph, capture.form, inputs, outputs, kept_because)
+    if capture.gradient_calls and not any(dynamo.dynamo_nodes(node) for node in step_graph.calls()):
+        raise PassError("torch noted for no operator what it was traced from ('from_node')")
+    mark_backward(step_graph, capture.gradient_calls)
+    return step_graph
+
+
+def _output_roles(graph: fx.Graph, capture: Capture) -> tuple[list[OutputRole], dict[int, str]]:
+    """Role of every output, and why a weight gradient among them is computed."""
+    outputs, kept_because = [], {}
+    for position, descriptor in enumerate(aot.output_descriptors(graph)):
+        role = OutputRole.UPDATE
+        if isinstance(descriptor, aot.PlainAOTOutput):
+            role = capture.outputs.get(descriptor.idx, OutputRole.UPDATE)
+            if descriptor.idx in capture.kept_because:
+                kept_because[position] = capture.kept_because[descriptor.idx]
+        elif isinstance(descriptor, aot.InputMutationAOTOutput):
+            role = OutputRole.MUTATION
+        elif isinstance(descriptor, aot.GradAOTOutput):
+            role = OutputRole.INPUT_GRAD
+            source = descriptor.grad_of
+            if isinstance(source, aot.PlainAOTInput) and capture.inputs[source.idx] is InputRole.WEIGHT:
+                role = OutputRole.WEIGHT_GRAD
+                if capture.form == "step":
+                    role = OutputRole.KEPT_WEIGHT_GRAD
+                    kept_because[position] = "what the step returns can be differentiated by this weight"
+        outputs.append(role)
+    return outputs, kept_because
