@@ -47,7 +47,7 @@ def function(graph: fx.Graph, name: str) -> tuple[str, list[str]]:
     code = code.replace("def forward(self", f"def {name}(self", 1)
     imports = ["import torch", *(line for used, line in _IMPORTS.items() if re.search(rf"\b{used}\b", code))]
     if "torch.ops.gradprune." in code:
-        imports.append("import gradprune  # has the operators torch.ops.gradprune.*")
+        imports.append("import gradprune.backend  # has the operators torch.ops.gradprune.*")
     return code + "\n", sorted(dict.fromkeys(imports))
 
 

@@ -222,7 +222,7 @@ def test_nothing_is_timed_or_left_behind(
 
 LARGE = """
 import resource, sys
-from gradprune.cli import main
+from gradprune.cli.main import main
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 status = main(["inspect", "timm:resnet18", "--batch", "1024", "--json"])
 after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -999,13 +999,7 @@ PARTS: dict[str, Callable[[Tensor], Any]] = {
     ("compiler", "parts"),
     [
         pytest.param("none", list(PARTS), id="interpreted"),
-        pytest.param("inductor", [name for name in PARTS if name != "clone"], id="inductor"),
-        pytest.param(
-            "inductor",
-            ["clone"],
-            id="inductor, clone",
-            marks=pytest.mark.xfail(strict=True, reason="Inductor drops the copy, and packing stays in the step"),
-        ),
+        pytest.param("inductor", list(PARTS), id="inductor"),
     ],
 )
 def test_returned_values_of_weights(compiler: str, parts: list[str], request: pytest.FixtureRequest):

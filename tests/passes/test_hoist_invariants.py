@@ -15,6 +15,7 @@ from torch.testing import FileCheck
 
 import gradprune
 from gradprune.compiler.split import Split, split
+from gradprune.graph.invariance import hoisted_values
 from gradprune.graph.step_graph import InputRole, OutputRole, StepGraph, overload_name
 from gradprune.passes.base import PassResult, Tier
 from gradprune.passes.hoist_invariants import HoistInvariants
@@ -324,21 +325,28 @@ def run(gm: fx.GraphModule, arguments: list[Any]) -> tuple[list[Any], Tensor]:
         return list(gm(*arguments)), torch.rand(1)
 
 
+def divided(step_graph: StepGraph, **constants: Tensor) -> tuple[Split, fx.GraphModule]:
+    """Both parts of a copy of a graph, and the step as a function."""
+    part = copied(step_graph)
+    gm = fx.GraphModule(constants, part.graph)
+    part.graph = gm.graph
+    part.inputs = dict(zip(gm.graph.find_nodes(op="placeholder"), part.inputs.values(), strict=True))
+    parts = split(part, {node.name for node in hoisted_values(part)})
+    gm.recompile()
+    assert parts.step is gm.graph
+    return parts, gm
+
+
 def check_split(step_graph: StepGraph) -> Split:
     """Prologue and step compute what the graph computes, bit for bit, and write what it writes."""
     gm = fx.GraphModule({}, step_graph.graph)
-    before = str(gm.graph)
-    parts = split(gm, step_graph)
-    assert parts is not None
-    assert str(gm.graph) == before
-    for part in (parts.prologue, parts.step):
-        part.graph.lint()
+    parts, step = divided(step_graph)
 
     whole, parted, kept = graph_arguments(step_graph), graph_arguments(step_graph), graph_arguments(step_graph)
     expected, next_number = run(gm, whole)
     values, _ = run(parts.prologue, [parted[index] for index in parts.prologue_inputs])
     torch.testing.assert_close(parted, kept, rtol=0, atol=0)  # the prologue writes nothing
-    actual, next_number_of_step = run(parts.step, [*(parted[index] for index in parts.step_inputs), *values])
+    actual, next_number_of_step = run(step, [*(parted[index] for index in parts.step_inputs), *values])
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
     torch.testing.assert_close(parted, whole, rtol=0, atol=0)
     assert torch.equal(next_number_of_step, next_number)
@@ -355,7 +363,7 @@ def check_inputs(parts: Split, step_graph: StepGraph) -> None:
     """Inputs are those of the graph in its order, then the hoisted values; none that is not read."""
     names = [node.name for node in step_graph.graph.find_nodes(op="placeholder")]
     weights = {node.name for node in step_graph.weights()}
-    prologue, step = ([n.name for n in p.graph.find_nodes(op="placeholder")] for p in (parts.prologue, parts.step))
+    prologue, step = ([n.name for n in p.find_nodes(op="placeholder")] for p in (parts.prologue.graph, parts.step))
     assert prologue == [names[index] for index in parts.prologue_inputs]
     assert parts.prologue_inputs == sorted(parts.prologue_inputs)
     assert weights.issuperset(prologue)
@@ -363,26 +371,26 @@ def check_inputs(parts: Split, step_graph: StepGraph) -> None:
     assert parts.step_inputs == sorted(parts.step_inputs)
     assert all(name.startswith("hoisted_") for name in step[len(parts.step_inputs) :])
     assert len(step) == len(parts.step_inputs) + len(parts.values)
-    for part in (parts.prologue, parts.step):
-        assert all(node.users for node in part.graph.find_nodes(op="placeholder"))
+    for part in (parts.prologue.graph, parts.step):
+        assert all(node.users for node in part.find_nodes(op="placeholder"))
 
 
 def check_nothing_left(parts: Split, step_graph: StepGraph) -> None:
     """No operator of the step computes anything from weights and hoisted values alone."""
     written = {node.args[0].name for node in find(step_graph, aten.copy_.default)}
-    placeholders = parts.step.graph.find_nodes(op="placeholder")
+    placeholders = parts.step.find_nodes(op="placeholder")
     weights = {node.name for node in step_graph.weights()} - written
     known = {node for node in placeholders if node.name in weights or node.name.startswith("hoisted_")}
     views = (aten.permute.default, aten.view.default, aten.unsqueeze.default, aten.alias.default, aten.split.Tensor)
-    for node in parts.step.graph.nodes:
+    for node in parts.step.nodes:
         is_call = node.op == "call_function" and not node.is_impure()
         if is_call and node.all_input_nodes and known.issuperset(node.all_input_nodes):
             assert node.target in (*views, operator.getitem), f"{node.format_node()} computes from weights alone"
             known.add(node)
 
 
-def operators(gm: fx.GraphModule) -> list[str]:
-    return [overload_name(node) for node in gm.graph.nodes if node.op == "call_function"]
+def operators(graph: fx.Graph) -> list[str]:
+    return [overload_name(node) for node in graph.nodes if node.op == "call_function"]
 
 
 def test_text_of_prologue_and_step():
@@ -391,7 +399,7 @@ def test_text_of_prologue_and_step():
         str(parts.prologue.graph)
     )
     FileCheck().check("%gy").check_next("%hoisted_flip_default").check_next("permute").check_next("convolution").run(
-        str(parts.step.graph)
+        str(parts.step)
     )
     assert (parts.prologue_inputs, parts.step_inputs) == ([1], [0])
 
@@ -416,7 +424,7 @@ def test_graph_with_nothing_to_hoist_is_not_split():
     b = Builder()
     x, w = b.input("x", 3, 3), b.weight("w", 3, 3)
     step_graph = b.build(b.call(aten.mm.default, x, b.call(aten.permute.default, w, [1, 0])))
-    assert split(fx.GraphModule({}, step_graph.graph), step_graph) is None
+    assert not HoistInvariants().run(step_graph).hoisted
 
 
 def test_weight_that_both_parts_read():
@@ -441,7 +449,7 @@ def test_constants_are_computed_where_they_are_read():
     two = b.call(aten.full.default, [3], 2.0)
     y = b.call(aten.mul.Tensor, b.call(aten.mul.Tensor, x, two), b.call(aten.mul.Tensor, w, two))
     parts = check_split(b.build(y))
-    assert operators(parts.prologue) == ["aten.full", "aten.mul.Tensor"]
+    assert operators(parts.prologue.graph) == ["aten.full", "aten.mul.Tensor"]
     assert operators(parts.step) == ["aten.full", "aten.mul.Tensor", "aten.mul.Tensor"]
 
 
@@ -453,11 +461,9 @@ def test_constants_that_the_graph_holds():
     constant.meta["val"] = w.meta["val"]
     y = b.call(aten.add.Tensor, b.call(aten.mul.Tensor, x, b.call(aten.mul.Tensor, w, constant)), constant)
     step_graph = b.build(y)
-    gm = fx.GraphModule({"constant": torch.tensor([1.0, 2.0, 3.0])}, step_graph.graph)
-    parts = split(gm, step_graph)
-    assert parts is not None
+    parts, step = divided(step_graph, constant=torch.tensor([1.0, 2.0, 3.0]))
     values = parts.prologue(torch.ones(3))
-    assert parts.step(torch.ones(3), *values)[0].tolist() == [2, 4, 6]
+    assert step(torch.ones(3), *values)[0].tolist() == [2, 4, 6]
 
 
 def test_what_the_step_writes_is_written_by_the_step():
@@ -467,7 +473,7 @@ def test_what_the_step_writes_is_written_by_the_step():
     b.call(aten.copy_.default, state, y)
     parts = check_split(b.build(b.call(aten.neg.default, x)))
     assert "aten.copy_" in operators(parts.step)
-    assert operators(parts.prologue) == ["aten.exp"]
+    assert operators(parts.prologue.graph) == ["aten.exp"]
 
 
 def test_random_operators_stay_in_the_step_in_their_order():
@@ -480,7 +486,7 @@ def test_random_operators_stay_in_the_step_in_their_order():
     y = b.call(aten.mul.Tensor, b.call(aten.mul.Tensor, x, first), b.call(aten.mul.Tensor, last, w))
     parts = check_split(b.build(b.call(aten.mul.Tensor, y, b.call(aten.exp.default, w))))
     assert [name for name in operators(parts.step) if "rand" in name] == ["aten.rand", "aten.rand", "aten.rand_like"]
-    assert operators(parts.prologue) == ["aten.exp"]
+    assert operators(parts.prologue.graph) == ["aten.exp"]
 
 
 def test_output_that_is_none():
@@ -506,10 +512,8 @@ def test_returned_value_is_computed_by_the_step():
     value = b.call(aten.exp.default, w)
     y = b.call(aten.mul.Tensor, b.call(aten.mul.Tensor, x, value), b.call(aten.neg.default, w))
     step_graph = b.build(y, b.call(aten.alias.default, value))
-    gm = fx.GraphModule({}, step_graph.graph)
-    parts = split(gm, step_graph)
-    assert parts is not None
-    assert operators(parts.prologue) == ["aten.neg"]
+    parts, _ = divided(step_graph)
+    assert operators(parts.prologue.graph) == ["aten.neg"]
     assert "aten.exp" in operators(parts.step)
 
 
@@ -525,14 +529,12 @@ def test_symbolic_sizes():
     assert all(isinstance(size, int) for value in parts.values for size in value.shape)
 
 
-def test_parts_share_no_node_with_the_graph():
-    step_graph, _ = by_hand()
-    original = str(copied(step_graph).graph)
-    parts = check_split(step_graph)
-    for part in (parts.prologue, parts.step):
-        for node in reversed(part.graph.nodes):
-            part.graph.erase_node(node)
-    assert str(step_graph.graph) == original
+def test_prologue_shares_no_node_with_the_step():
+    parts, step = divided(by_hand()[0])
+    original = str(step.graph)
+    for node in reversed(parts.prologue.graph.nodes):
+        parts.prologue.graph.erase_node(node)
+    assert str(step.graph) == original
 
 
 # --- Whole steps ------------------------------------------------------------------------------------------------------
