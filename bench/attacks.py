@@ -261,10 +261,10 @@ class Clock(Functions):
         function = super().get(key, make)
         return partial(self._time, function) if self.running else function
 
-    def _time(self, function: Sized, x: Tensor, *others: Tensor, **options: Any) -> Any:
+    def _time(self, function: Sized, model: Any, x: Tensor, *others: Tensor, **options: Any) -> Any:
         synchronize(x.device)
         started = time.perf_counter()
-        result = function(x, *others, **options)
+        result = function(model, x, *others, **options)
         synchronize(x.device)
         self.seconds += time.perf_counter() - started
         return result
@@ -296,7 +296,7 @@ def measure_overhead(
     def build_attack(work: Workload, settings: Settings) -> Contender:
         make = lambda _: PGD(random_start=False, steps=OVERHEAD_STEPS, **options)  # noqa: E731
         contender = our_contender(RUNTIME, make, runtime or Runtime(), work, settings)
-        vars(contender.model)[Functions.ATTRIBUTE] = Clock()
+        Clock().keep(contender.model)
         return contender
 
     name = f"pgd-{OVERHEAD_STEPS}"

@@ -8,11 +8,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-import torch._inductor
-
 from gradprune.errors import OptionError, unknown
 from gradprune.passes.pipeline import PASS_NAMES
+from gradprune.torch_compat.inductor import inductor_config, list_mode_options
 
 
 @dataclass(frozen=True)
@@ -70,8 +68,6 @@ class Options:
             raise OptionError(f"gradprune option 'mode': {unknown('mode', self.mode, _inductor_modes())}")
         if not isinstance(self.inductor, Mapping):
             raise OptionError(f"gradprune option 'inductor' must be a mapping, not {self.inductor!r}")
-        from gradprune.torch_compat.inductor import inductor_config
-
         known = inductor_config.get_config_copy() if self.inductor else {}
         for name in self.inductor:
             if name not in known:
@@ -97,4 +93,4 @@ class Options:
 
 
 def _inductor_modes() -> dict[str, dict[str, Any]]:
-    return {"default": {}, **torch._inductor.list_mode_options()}
+    return {"default": {}, **list_mode_options()}

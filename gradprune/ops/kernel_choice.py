@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -17,8 +18,9 @@ from contextvars import ContextVar
 from pathlib import Path
 
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
 
+from gradprune.support.environment import cpu_name, onednn_version
+from gradprune.torch_compat.aot import without_modes
 from gradprune.torch_compat.inductor import inductor_cache_dir
 
 MARGIN = 1.1
@@ -61,7 +63,7 @@ def is_faster(what: str, make: Callable[[], tuple[Callable[[], object], Callable
         unmeasured.append(what)
         return False
     if key not in _answers:
-        with _disable_current_modes(), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with without_modes(), torch.no_grad(), torch.random.fork_rng(devices=[]):
             candidate, baseline = make()
             ratio = _shortest(baseline) / _shortest(candidate)
         _answers.update(_load())  # what other processes have found out meanwhile
@@ -82,8 +84,9 @@ def _shortest(run: Callable[[], object]) -> float:
 
 
 def _file() -> Path:
-    machine = f"{torch.__version__}-{torch.backends.cpu.get_cpu_capability()}".replace(" ", "-").replace("/", "-")
-    return Path(inductor_cache_dir()) / "gradprune" / f"kernels-{machine}.json"
+    capability = torch.backends.cpu.get_cpu_capability()
+    machine = f"{cpu_name()} {capability} torch {torch.__version__} oneDNN {onednn_version()}"
+    return Path(inductor_cache_dir()) / "gradprune" / f"kernels-{re.sub(r'[^A-Za-z0-9.]+', '-', machine)}.json"
 
 
 def _load() -> dict[str, bool]:

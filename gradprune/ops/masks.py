@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch._inductor.lowering import lowerings, register_lowering, to_dtype
+
+from gradprune.torch_compat.lowering import lowerings, register_lowering, to_dtype
 
 from .library import LIBRARY
 

@@ -10,10 +10,18 @@ from typing import Any
 import sympy  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
-from torch._inductor import ir
-from torch._inductor.lowering import expand, fallback_handler, full, register_lowering
-from torch._inductor.virtualized import V, ops
-from torch.utils._sympy.functions import FloorDiv, ModularIndexing
+
+from gradprune.torch_compat.lowering import (
+    FloorDiv,
+    ModularIndexing,
+    V,
+    expand,
+    fallback_handler,
+    full,
+    ir,
+    ops,
+    register_lowering,
+)
 
 from .library import LIBRARY
 

@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._inductor import mkldnn_ir
-from torch._inductor.ir import TensorBox
-from torch._inductor.lowering import lowerings, register_lowering
 from torch.utils.flop_counter import register_flop_formula
+
+from gradprune.torch_compat.lowering import TensorBox, lowerings, mkldnn_ir, register_lowering
 
 from .library import LIBRARY
 

@@ -20,11 +20,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._inductor import ir
-from torch._inductor.lowering import fallback_handler, register_lowering
-from torch.utils._python_dispatch import _disable_current_modes
 
+from gradprune.torch_compat.aot import without_modes
 from gradprune.torch_compat.inductor import compile_cpp
+from gradprune.torch_compat.lowering import fallback_handler, ir, register_lowering
 
 from .library import LIBRARY
 
@@ -213,7 +212,7 @@ def is_available() -> bool:
     """Whether the kernel can be compiled here, and computes a convolution."""
     if not _gemm():
         return False
-    with _disable_current_modes():
+    with without_modes():
         x = torch.linspace(-1, 1, 2 * 16 * 5 * 4).view(2, 16, 5, 4)
         weight, bias = torch.linspace(-1, 1, 32 * 16 * 9).view(32, 16, 3, 3), torch.linspace(-1, 1, 32)
         try:

@@ -10,7 +10,9 @@ batch norm in training mode breaks: then a batch is computed as it is.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from types import FunctionType
 from typing import Any
 
@@ -22,17 +24,17 @@ from gradprune.backend import compile as compile_step
 Answer = tuple[Tensor, Tensor, Tensor]
 """Losses ``(N,)``, logits ``(N, classes)`` and the gradient of the sum of the losses, shaped like the inputs."""
 
+Model = Callable[[Tensor], Tensor]
+
 PARTS, PARTS_ON_GPU = 6, 4
 SMALLEST = 4
 """Rows of the smaller size, at least: kernels for a single row are slow ones."""
 
 
-def gradient_function(
-    model: Callable[[Tensor], Tensor], loss: Callable[..., Tensor], autocast: torch.dtype | None
-) -> Any:
-    """``(x, labels, *more) -> Answer`` for a loss ``(logits, labels, *more) -> (N,)``."""
+def gradient_function(loss: Callable[..., Tensor], autocast: torch.dtype | None) -> Any:
+    """``(model, x, labels, *more) -> Answer`` for a loss ``(logits, labels, *more) -> (N,)``."""
 
-    def gradient(x: Tensor, labels: Tensor, *more: Tensor) -> Answer:
+    def gradient(model: Model, x: Tensor, labels: Tensor, *more: Tensor) -> Answer:
         x = x.detach().requires_grad_(True)
         with torch.autocast(x.device.type, autocast, enabled=autocast is not None):
             logits = model(x)
@@ -45,10 +47,10 @@ def gradient_function(
     return gradient
 
 
-def logits_function(model: Callable[[Tensor], Tensor], autocast: torch.dtype | None) -> Any:
-    """``x -> logits``, without anything that a backward pass would need."""
+def logits_function(autocast: torch.dtype | None) -> Any:
+    """``(model, x) -> logits``, without anything that a backward pass would need."""
 
-    def logits(x: Tensor) -> Tensor:
+    def logits(model: Model, x: Tensor) -> Tensor:
         with torch.no_grad(), torch.autocast(x.device.type, autocast, enabled=autocast is not None):
             values = model(x)
         is_half = isinstance(values, Tensor) and values.dtype in (torch.float16, torch.bfloat16)
@@ -64,7 +66,9 @@ def small_size(largest: int, device: torch.device) -> int:
 
 
 class Sized:
-    """A function of batches, compiled for at most two sizes, see Note [Sizes].
+    """A function of a model and of batches, compiled for at most two sizes, see Note [Sizes].
+
+    It does not hold on to the model, so that it can be kept for as long as the model lives.
 
     Attributes:
         compilations: How many sizes have been compiled.
@@ -77,22 +81,25 @@ class Sized:
         self._compiled: dict[int, Any] = {}
         self.compilations = 0
 
-    def __call__(self, x: Tensor, *others: Tensor, separable: bool = True, batch: int | None = None) -> Any:
+    def __call__(
+        self, model: Model, x: Tensor, *others: Tensor, separable: bool = True, batch: int | None = None
+    ) -> Any:
         """Call the function on all rows of ``x`` and of ``others``, or on several parts of them.
 
         Args:
+            model: The model.
             x: Inputs ``(N, ...)``.
             others: More arguments; scalars are passed on, all else is cut like ``x``.
             separable: Whether a row's result depends on that row alone.
             batch: Rows to compute at once, at most.
         """
         if self._compile_one is None and (batch is None or len(x) <= batch):
-            return self._function(x, *others)
+            return self._function(model, x, *others)
         if not separable:
-            return self._of_size(len(x))(x, *others)
+            return self._of_size(len(x))(model, x, *others)
         self._largest = max(self._largest, batch or len(x))
         pieces = [
-            self._padded(size, x[begin:end], *(_rows(other, begin, end) for other in others))
+            self._padded(size, model, x[begin:end], *(_rows(other, begin, end) for other in others))
             for size, begin, end in self._cuts(len(x), small_size(self._largest, x.device))
         ]
         if len(pieces) == 1:
@@ -110,13 +117,13 @@ class Sized:
             yield size, begin, begin + min(size, left)
             begin += size
 
-    def _padded(self, size: int, x: Tensor, *others: Tensor) -> Any:
+    def _padded(self, size: int, model: Model, x: Tensor, *others: Tensor) -> Any:
         missing = size - len(x)
         if missing:
             rows = len(x)
-            result = self._of_size(size)(*(_filled(value, missing) for value in (x, *others)))
+            result = self._of_size(size)(model, *(_filled(value, missing) for value in (x, *others)))
             return result[:rows] if isinstance(result, Tensor) else tuple(part[:rows] for part in result)
-        return self._of_size(size)(x, *others)
+        return self._of_size(size)(model, x, *others)
 
     def _of_size(self, size: int) -> Any:
         if self._compile_one is None:
@@ -141,16 +148,12 @@ def _filled(value: Tensor, missing: int) -> Tensor:
 
 
 class Functions:
-    """The functions of one model, kept with the model so that they go when it goes.
-
-    A copy of the model, or one that is saved and loaded, has none.
+    """The functions of one model. They go when it goes, and nothing of them is in it, should it be copied or saved.
 
     Attributes:
         classes: How many classes the model tells apart, by the shape of one input and the number of weights, with which
             an exchanged last layer is another model.
     """
-
-    ATTRIBUTE = "_gradprune_functions"
 
     def __init__(self) -> None:
         self._functions: dict[Any, Sized] = {}
@@ -158,12 +161,15 @@ class Functions:
 
     @staticmethod
     def of(model: Any) -> Functions:
-        """The functions kept with ``model``."""
-        try:
-            attributes = vars(model)
-        except TypeError:
-            return Functions()  # a callable that nothing can be kept with
-        return attributes.setdefault(Functions.ATTRIBUTE, Functions())  # type: ignore[no-any-return]
+        """The functions of ``model``."""
+        return _functions_of[id(model)] if id(model) in _functions_of else Functions().keep(model)
+
+    def keep(self, model: Any) -> Functions:
+        """Be the functions of ``model`` from now on, for as long as it lives."""
+        with suppress(TypeError):  # nothing tells when this one goes
+            weakref.finalize(model, _functions_of.pop, id(model), None).atexit = False
+            _functions_of[id(model)] = self
+        return self
 
     def get(self, key: Any, make: Callable[[], Sized]) -> Sized:
         """The function kept under ``key``, made if there is none."""
@@ -176,14 +182,9 @@ class Functions:
         """How many times the model has been compiled."""
         return sum(function.compilations for function in self._functions.values())
 
-    def __copy__(self) -> Functions:
-        return Functions()
 
-    def __deepcopy__(self, memo: Any) -> Functions:
-        return Functions()
-
-    def __reduce__(self) -> Any:
-        return Functions, ()
+_functions_of: dict[int, Functions] = {}
+"""By the identity of a model that is alive."""
 
 
 def compiler(options: dict[str, Any], *, forward_only: bool = False) -> Callable[[Any], Any]:

@@ -117,9 +117,10 @@ class Query:
         key = "logits", *self._key(x)
 
         def make() -> Sized:
-            return Sized(logits_function(self._model, self.runtime.autocast), self._compiler(forward_only=True))
+            return Sized(logits_function(self.runtime.autocast), self._compiler(forward_only=True))
 
-        return self._functions.get(key, make)(x, separable=self.separable, batch=self._batch)  # type: ignore[no-any-return]
+        function = self._functions.get(key, make)
+        return function(self._model, x, separable=self.separable, batch=self._batch)  # type: ignore[no-any-return]
 
     def losses(self, x: Tensor, labels: Tensor, loss: str | Loss = "ce") -> tuple[Tensor, Tensor]:
         """Losses ``(N,)`` and logits ``(N, classes)`` without a gradient."""
@@ -146,10 +147,10 @@ class Query:
     def _call(self, key: Any, loss: Callable[..., Tensor], x: Tensor, *others: Tensor) -> Answer:
 
         def make() -> Sized:
-            return Sized(gradient_function(self._model, loss, self.runtime.autocast), self._compiler())
+            return Sized(gradient_function(loss, self.runtime.autocast), self._compiler())
 
         function = self._functions.get((key, *self._key(x)), make)
-        return function(x, *others, separable=self.separable, batch=self._batch)  # type: ignore[no-any-return]
+        return function(self._model, x, *others, separable=self.separable, batch=self._batch)  # type: ignore[no-any-return]
 
     def _compiler(self, *, forward_only: bool = False) -> Callable[[Any], Any] | None:
         return compiler(self.runtime.options, forward_only=forward_only) if self.runtime.compile else None
@@ -171,7 +172,7 @@ class Query:
         parameters = self._model.parameters() if isinstance(self._model, nn.Module) else ()
         key = x.shape[1:], sum(parameter.numel() for parameter in parameters)
         if key not in known:
-            logits = logits_function(self._model, self.runtime.autocast)(x[:1] if self.separable else x)
+            logits = logits_function(self.runtime.autocast)(self._model, x[:1] if self.separable else x)
             if not isinstance(logits, Tensor) or logits.ndim != 2:
                 shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
                 raise AttackError(f"the model has to return logits (N, classes), not {shape}: wrap it in a function")

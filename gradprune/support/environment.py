@@ -13,9 +13,7 @@ import torch
 
 def environment() -> dict[str, Any]:
     """The environment of this process, ready for JSON."""
-    build = torch.__config__.show()
-    blas = re.search(r"BLAS_INFO=(\w+)", build)
-    onednn = re.search(r"MKL-DNN v([\d.]+)", build)
+    blas = re.search(r"BLAS_INFO=(\w+)", torch.__config__.show())
     return {
         "gradprune": _package_version("gradprune"),
         "torch": torch.__version__,
@@ -25,7 +23,7 @@ def environment() -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "blas": blas.group(1) if blas else "unknown",
-        "onednn": onednn.group(1) if onednn else "unknown",
+        "onednn": onednn_version(),
     }
 
 
@@ -37,6 +35,12 @@ def cpu_name() -> str:
         listing = ""
     found = re.search(r"^model name\s*:\s*(.+)$", listing, re.MULTILINE)
     return found.group(1).strip() if found else platform.processor() or platform.machine()
+
+
+def onednn_version() -> str:
+    """The version of oneDNN that torch was built with."""
+    found = re.search(r"MKL-DNN v([\d.]+)", torch.__config__.show())
+    return found.group(1) if found else "unknown"
 
 
 def _package_version(name: str) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from torch import fx
 from torch._inductor import config as inductor_config
+from torch._inductor import list_mode_options
 from torch._inductor.codecache import CppPythonBindingsCodeCache
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomGraphPass
@@ -20,6 +21,7 @@ __all__ = [
     "computes_in_channels_last",
     "inductor_cache_dir",
     "inductor_config",
+    "list_mode_options",
     "select_decomp_table",
 ]
 

@@ -39,7 +39,11 @@ def raises_and_changes_nothing(
 
 def test_every_error_has_a_common_base():
     raised = {cls for cls in vars(errors).values() if isinstance(cls, type) and cls.__module__ == errors.__name__}
-    assert raised == {cls for cls in (getattr(gradprune, name) for name in gradprune.__all__) if isinstance(cls, type) and cls in raised}
+    assert raised == {
+        cls
+        for cls in (getattr(gradprune, name) for name in gradprune.__all__)
+        if isinstance(cls, type) and cls in raised
+    }
     assert all(issubclass(cls, gradprune.GradpruneError) for cls in raised)
 
 
