@@ -157,7 +157,9 @@ def test_is_there_when_it_is_complete(graphs: Graphs, tmp_path: Path, monkeypatc
 
 def test_report_without_figures_after_the_passes(graphs: Graphs):
     report, before, _ = graphs
-    text = page(replace(report, ops={"before": report.ops["before"]}, fallback="a pass failed"), before, before)
+    text = page(
+        replace(report, _figures={"before": report.figures()["before"]}, fallback="a pass failed"), before, before
+    )
     ops = before["totals"]["ops"]
     assert Reader(text).data()["report"]["ops"] == {"before": ops, "after": ops}
 
