@@ -374,3 +374,14 @@ def test_step_without_any_module():
 
     x, _, _ = images()
     torch.testing.assert_close(compiled(step)(x), step(x))
+
+
+def test_operators_with_effects():
+    """Torch takes the tokens of effects out of a graph's outputs, and leaves what it noted on them."""
+    layer, x = nn.Linear(4, 4), torch.rand(2, 4)
+
+    def step(x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_(True)
+        return torch.autograd.grad((x @ torch.linalg.inv(layer.weight)).square().sum(), x)[0]
+
+    torch.testing.assert_close(compiled(step)(x), step(x), rtol=1e-4, atol=1e-4)
