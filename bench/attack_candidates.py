@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch._functorch import config as functorch
 
 from gradprune.attacks import (
     APGD,
@@ -32,6 +31,7 @@ from gradprune.attacks import (
     Square,
 )
 from gradprune.errors import GradpruneError, OptionError, unknown
+from gradprune.torch_compat.aot import functorch_config
 from gradprune.workloads.vision import let_torchvision_import
 
 from .attack_step import Step
@@ -236,7 +236,7 @@ def _their_contender(
     @contextlib.contextmanager
     def context() -> Iterator[None]:
         # A compiled backward pass that may run again must not write into what was saved for it.
-        with functorch.patch(donated_buffer=functorch.donated_buffer and not method.backs_up):
+        with functorch_config.patch(donated_buffer=functorch_config.donated_buffer and not method.backs_up):
             yield
 
     def seeded(x: Tensor, y: Tensor) -> Tensor:

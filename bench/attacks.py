@@ -20,6 +20,7 @@ from gradprune.attacks.norms import get_norm
 from gradprune.runtime import Query
 from gradprune.runtime.functions import Functions, Sized
 from gradprune.support.progress import counter, stage
+from gradprune.torch_compat.inductor import fresh_cache
 from gradprune.workloads.digits import load_digits
 
 from . import timing as figures
@@ -118,7 +119,6 @@ def run_in_turn(
     Returns:
         Their trials, in their order.
     """
-    from torch._inductor.utils import fresh_cache
 
     torch.compiler.reset()
     blank = replace(blank, load=load_average())

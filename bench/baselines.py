@@ -18,13 +18,13 @@ from types import FunctionType
 from typing import Any
 
 import torch
-import torch._dynamo
 from torch import Tensor
 from torch.nn import functional as F
 
 from gradprune.compiler.options import Options
 from gradprune.errors import OptionError, unknown
 from gradprune.passes.pipeline import PASS_NAMES
+from gradprune.torch_compat.dynamo import dynamo_config
 
 from .attack_step import Model, Step
 from .cases import Case, MnistCnn, Workload
@@ -143,7 +143,7 @@ def _compiled_step(work: Workload, settings: Settings) -> Contender:
     step = torch.compile(pgd_step(model, work.case, DTYPES[settings.autocast]), fullgraph=True)
 
     def context() -> AbstractContextManager[None]:
-        return torch._dynamo.config.patch(trace_autograd_ops=True)  # type: ignore[no-any-return]
+        return dynamo_config.patch(trace_autograd_ops=True)  # type: ignore[no-any-return]
 
     return Contender(COMPILED_STEP, model, step, compiled=True, context=context)
 

@@ -17,6 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from gradprune.support.environment import environment
 from gradprune.support.progress import counter, stage
+from gradprune.torch_compat.inductor import fresh_cache
 
 from . import timing as figures
 from .attack_step import Step, attack
@@ -143,7 +144,6 @@ def measure_case(case: Case, baselines: Sequence[Baseline], settings: Settings, 
     Returns:
         A record for each candidate, in their order.
     """
-    from torch._inductor.utils import fresh_cache
 
     # Candidates of all cases share the code that Dynamo keys its memory of shapes by.
     torch.compiler.reset()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gradprune.support.files import replacing
+from gradprune.support.figures import figure_of, save_figure
 
 from .cases import find_case
 from .record import (
@@ -81,8 +81,7 @@ def save(path: Path, results: Results) -> None:
         figure = _bars({case: bars for case, bars in panels.items() if bars}, results.kind)
     where = results.environment.get("gpu", results.environment["cpu"])
     figure.suptitle(f"bench {results.kind}: {where}, {results.settings}", fontsize=11)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png")
+    save_figure(figure, path)
 
 
 def _bars_of(results: Results, case: str) -> list[Bar]:
@@ -119,22 +118,12 @@ def _bars_of(results: Results, case: str) -> list[Bar]:
     return bars
 
 
-def _figure(width: float, height: float) -> Any:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    # Without pyplot: no global state, no window, whatever backend the user has configured.
-    figure = Figure(figsize=(width, height), layout="constrained", dpi=110)
-    FigureCanvasAgg(figure)
-    return figure
-
-
 def _bars(panels: dict[str, list[Bar]], kind: str) -> Any:
     """A panel of horizontal bars for each case, two panels in a row."""
     columns = 1 if len(panels) < 2 else 2
     rows = max(1, -(-len(panels) // columns))
     tallest = max((len(bars) for bars in panels.values()), default=1)
-    figure = _figure(6.5 * columns, 1.0 + rows * (0.6 + 0.28 * tallest))
+    figure = figure_of(6.5 * columns, 1.0 + rows * (0.6 + 0.28 * tallest))
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
@@ -164,7 +153,7 @@ def _lines(results: Results) -> Any:
     networks: dict[str, dict[int, Comparison]] = {}
     for case in map(find_case, results.cases):
         networks.setdefault(case.network, {})[case.batch] = Comparison(results.records, case.name)
-    figure = _figure(6.5 * len(networks), 4.2)
+    figure = figure_of(6.5 * len(networks), 4.2)
     axes = figure.subplots(1, len(networks), squeeze=False)[0]
     for axis, (network, batches) in zip(axes, networks.items(), strict=True):
         names = list(dict.fromkeys(name for one in batches.values() for name in one.measured))
@@ -192,7 +181,7 @@ def _lines(results: Results) -> Any:
 def _by_steps(results: Results) -> Any:
     """Seconds per iteration and how many times as fast as eager it is, over the steps: a row for each network."""
     cases = {case: Iteration.all(results.records, case) for case in results.cases}
-    figure = _figure(12, 4.2 * len(cases))
+    figure = figure_of(12, 4.2 * len(cases))
     rows = figure.subplots(len(cases), 2, squeeze=False)
     for (times, ratios), (case, iterations) in zip(rows, cases.items(), strict=True):
         for i, name in enumerate(dict.fromkeys(name for one in iterations for name in one.measured)):
@@ -228,7 +217,7 @@ def _by_steps(results: Results) -> Any:
 
 def _by_epochs(results: Results) -> Any:
     """Accuracy under attack and clean accuracy over the epochs, a line for each objective."""
-    figure = _figure(12, 4.4)
+    figure = figure_of(12, 4.4)
     axes = figure.subplots(1, 2)
     for i, record in enumerate(record for record in results.records if isinstance(record, Learned)):
         epochs = range(1, len(record.robust) + 1)

@@ -19,12 +19,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.utils import counters
 from torch.nn import functional as F
 from torch.optim import SGD, Optimizer
 
 from gradprune.attacks import PGD
 from gradprune.support.progress import counter, stage
+from gradprune.torch_compat.dynamo import counters
+from gradprune.torch_compat.inductor import fresh_cache
 from gradprune.training import AdversarialTrainer, PGDTraining
 
 from .attack_step import Step, attack
@@ -386,7 +387,6 @@ def _enter(
     blank: Trained, build: Build, work: Workload, batch: tuple[Tensor, Tensor], steps: int, settings: Settings
 ) -> tuple[Trainee, Trained]:
     """Build a trainee and let it iterate twice; with a record of what is known of it then."""
-    from torch._inductor.utils import fresh_cache
 
     trainee = build(work, settings)
     # As in ``measure.measure_case``: a compile time is one with empty caches.

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
 
 from gradprune.errors import PassError
 from gradprune.graph.step_graph import OutputRole, StepGraph, overload_name, tensor_of
+from gradprune.torch_compat.aot import FakeTensorMode
 
 
 class Verifier:

@@ -31,6 +31,7 @@ from gradprune.evaluation.run import Subject
 from gradprune.evaluation.tables import aligned, eps_text
 from gradprune.support.distributed import started
 from gradprune.support.files import write_text
+from gradprune.training.batches import LinearEps
 from gradprune.training.data import (
     AUGMENTATIONS,
     HELD_OUT,
@@ -44,8 +45,8 @@ from gradprune.training.data import (
 from gradprune.training.fit import BEST, LAST, History
 from gradprune.training.objectives import OBJECTIVES, NearPGD, Objective
 from gradprune.training.outer import BatchNorm
-from gradprune.training.trainer import AdversarialTrainer, LinearEps
-from gradprune.training.watch import CURVES, METRICS, TENSORBOARD, Curves, JsonLines, Progress, TensorBoard, Watcher
+from gradprune.training.trainer import AdversarialTrainer
+from gradprune.training.watchers import CURVES, METRICS, TENSORBOARD, Curves, JsonLines, Progress, TensorBoard, Watcher
 from gradprune.workloads.data_sets import Data
 from gradprune.workloads.models import load_model
 

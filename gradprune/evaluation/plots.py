@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from gradprune.attacks.registry import CLEAN
-from gradprune.support.files import replacing
+from gradprune.support.figures import figure_of, save_figure
 
 from .records import Record
 from .tables import eps_text, groups
@@ -96,11 +96,6 @@ def save_examples(path: Path, examples: Sequence[Example]) -> None:
     save_figure(figure, path)
 
 
-def can_draw(x: Any) -> bool:
-    """Whether inputs ``(N, ...)`` are images, grey or in colour."""
-    return x.ndim == 4 and x.shape[1] in (1, 3)
-
-
 def examples_of(
     record: Record,
     x: np.ndarray[Any, Any],
@@ -174,20 +169,3 @@ def _image(picture: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 def _crowded(ticks: Sequence[float]) -> bool:
     span = ticks[-1] - ticks[0]
     return any(after - before < 0.09 * span for before, after in itertools.pairwise(ticks))
-
-
-def figure_of(width: float, height: float) -> Any:
-    """A figure of that many inches."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    # Without pyplot: no global state, no window, whatever backend the user has configured.
-    figure = Figure(figsize=(width, height), layout="constrained", dpi=110)
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def save_figure(figure: Any, path: Path) -> None:
-    """Write a figure as PNG."""
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png")

@@ -15,9 +15,10 @@ from gradprune.attacks import Attack
 from gradprune.attacks.registry import CLEAN, Clean, label_of
 from gradprune.support.distributed import Ranks
 from gradprune.support.environment import environment
+from gradprune.support.figures import can_draw
 from gradprune.support.files import write_text
 
-from .plots import can_draw, examples_of, save_accuracy, save_examples, title_of
+from .plots import examples_of, save_accuracy, save_examples, title_of
 from .records import EXAMPLES, Place, Record, key_of, read_arrays, read_records
 from .run import Subject, collect, compute, record_of, settings_of
 from .tables import document, eps_text, order, text

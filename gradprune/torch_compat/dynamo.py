@@ -12,7 +12,29 @@ import torch._dynamo.config as dynamo_config
 from torch import fx
 from torch._dynamo.exc import RestartAnalysis
 from torch._dynamo.source import AttrSource, GradSource, is_from_unspecialized_nn_module_source
+from torch._dynamo.utils import counters
 from torch._logging._internal import trace_structured
+
+__all__ = [
+    "TRACED_FLAGS",
+    "code_of",
+    "compile_wrapper_of",
+    "compiling_code",
+    "compiling_name",
+    "compiling_wrapper",
+    "counters",
+    "dynamo_config",
+    "dynamo_nodes",
+    "forget_backend",
+    "forget_sources_of_constants",
+    "is_module_state",
+    "is_restart",
+    "leaves",
+    "module_state_of_grad",
+    "scope_to_backend",
+    "source_name",
+    "trace_artifact",
+]
 
 
 def is_module_state(placeholder: fx.Node) -> bool:

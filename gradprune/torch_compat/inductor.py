@@ -12,6 +12,7 @@ from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.runtime.cache_dir_utils import cache_dir as inductor_cache_dir
+from torch._inductor.utils import fresh_cache
 
 __all__ = [
     "CustomGraphPass",
@@ -19,6 +20,7 @@ __all__ = [
     "compile_fx",
     "compile_fx_inner",
     "computes_in_channels_last",
+    "fresh_cache",
     "inductor_cache_dir",
     "inductor_config",
     "list_mode_options",

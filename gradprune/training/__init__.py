@@ -3,9 +3,10 @@
 trainer = AdversarialTrainer(model, optimizer, PGDTraining(attack=PGD(eps=8 / 255)))
 """
 
+from .batches import LinearEps, Metrics
 from .fit import History
 from .objectives import AWP, MART, OBJECTIVES, TRADES, Fast, Free, NearPGD, Objective, PGDTraining, Plain
-from .trainer import AdversarialTrainer, LinearEps, Metrics
+from .trainer import AdversarialTrainer
 
 __all__ = [
     "AWP",

@@ -18,15 +18,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from gradprune.attacks import PGD, Attack
 from gradprune.errors import GradpruneError, OptionError, TrainingError
 
 from . import parallel
+from .batches import Batch, BatchTrainer, checked_batches
 from .checkpoint import (
     FORMAT,
     VERSION,
@@ -39,13 +39,9 @@ from .checkpoint import (
     text_of,
     write_checkpoint,
 )
-from .watch import Start, Watcher
-
-if TYPE_CHECKING:
-    from .trainer import AdversarialTrainer
+from .watchers import Start, Watcher
 
 LAST, BEST = "last.pt", "best.pt"
-Batch = tuple[Tensor, Tensor]
 EXAMPLES = 4
 """Inputs that watchers are given to look at."""
 
@@ -91,11 +87,11 @@ class Progress:
 
 
 class Fit:
-    """One call of ``AdversarialTrainer.fit``, see there."""
+    """One call of ``BatchTrainer.fit``, see there."""
 
     def __init__(
         self,
-        trainer: AdversarialTrainer,
+        trainer: BatchTrainer,
         loader: Iterable[Any],
         epochs: int,
         *,
@@ -330,7 +326,7 @@ class Fit:
         if self.folder is None:
             return
         with self.trainer.averaged():  # until it is written: on a CPU the state is the weights' own memory
-            weights = parallel.model_state(self.trainer)
+            weights = parallel.model_state(self.trainer.model)
             if parallel.is_first():
                 write_checkpoint(self.folder / BEST, {"model": weights, "record": record})
 
@@ -401,7 +397,7 @@ class Fit:
         )
 
 
-def default_evaluation(trainer: AdversarialTrainer) -> Attack | None:
+def default_evaluation(trainer: BatchTrainer) -> Attack | None:
     """PGD of 20 steps in the ball that is trained in; ``None`` where none is."""
     attack = trainer.objective.attack
     eps = getattr(attack, "eps", None)
@@ -409,22 +405,6 @@ def default_evaluation(trainer: AdversarialTrainer) -> Attack | None:
         return None
     norm: Any = getattr(attack, "norm", "linf")
     return PGD(norm=norm, eps=eps, step_size=eps / 4, steps=20, bounds=attack.bounds, seed=0)
-
-
-def checked_batches(loader: Iterable[Any], device: torch.device) -> Iterator[Batch]:
-    """The batches of a loader, on ``device``.
-
-    Raises:
-        TrainingError: It returns something else than inputs and labels.
-    """
-    for batch in loader:
-        if not (isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(v, Tensor) for v in batch)):
-            raise TrainingError(
-                f"the loader has to return inputs and labels, two tensors, and returns {type(batch).__name__}"
-                + (f" of {len(batch)}" if isinstance(batch, (tuple, list)) else "")
-            )
-        x, y = batch
-        yield x.to(device, non_blocking=True), y.to(device, non_blocking=True)
 
 
 def _hyperparameters(scheduler: Any) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeGuard, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from gradprune.errors import OptionError
 
@@ -34,8 +35,6 @@ from .outer import Outer
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
-
-    from .trainer import AdversarialTrainer
 
 T = TypeVar("T")
 
@@ -263,38 +262,41 @@ def _within_unit(module: nn.Module, copy: nn.Module) -> Iterator[tuple[nn.Module
 # --- Checkpoints ------------------------------------------------------------------------------------------------------
 
 
-def model_state(trainer: AdversarialTrainer) -> dict[str, Any]:
-    """``state_dict()`` of the model, whole and on the CPU, on the first process; the others call, too, and get ``{}``.
+def model_state(model: nn.Module) -> dict[str, Any]:
+    """``state_dict()`` of a model, whole and on the CPU, on the first process; the others call, too, and get ``{}``.
 
     It is the same whatever engine made it, and can be loaded with any other and any number of processes.
     """
-    return _whole(trainer.model.state_dict())  # type: ignore[no-any-return]
+    return _whole(model.state_dict())  # type: ignore[no-any-return]
 
 
-def optimizer_state(trainer: AdversarialTrainer) -> dict[str, Any]:
-    """``state_dict()`` of the optimizer, as ``model_state`` returns that of the model."""
-    return _whole(trainer.optimizer.state_dict())  # type: ignore[no-any-return]
+def optimizer_state(optimizer: Optimizer) -> dict[str, Any]:
+    """``state_dict()`` of an optimizer, as ``model_state`` returns that of a model."""
+    return _whole(optimizer.state_dict())  # type: ignore[no-any-return]
 
 
-def averages_state(trainer: AdversarialTrainer) -> dict[str, Any]:
-    """The moving average of the weights by their names, as ``model_state`` returns the weights; empty without one."""
-    names = [name for name, _ in trainer.model.named_parameters()]
-    return _whole(dict(zip(names, trainer.averages, strict=False)))  # type: ignore[no-any-return]
+def averages_state(model: nn.Module, averages: Sequence[Tensor]) -> dict[str, Any]:
+    """Moving averages of the weights by their names, as ``model_state`` returns the weights; empty without any."""
+    names = [name for name, _ in model.named_parameters()]
+    return _whole(dict(zip(names, averages, strict=False)))  # type: ignore[no-any-return]
 
 
-def load_states(
-    trainer: AdversarialTrainer,
-    model_state: dict[str, Any],
-    optimizer_state: dict[str, Any],
-    averages_state: dict[str, Any] | None = None,
-) -> None:
-    """Load what the functions above returned on the first process; every process has to pass all of it."""
-    trainer.model.load_state_dict(_placed(model_state, trainer.model.state_dict()))
-    weights = [weight for group in trainer.optimizer.param_groups for weight in group["params"]]
-    like = {"state": {i: dict.fromkeys(optimizer_state["state"].get(i, ()), w) for i, w in enumerate(weights)}}
-    trainer.optimizer.load_state_dict(_placed(optimizer_state, like))
-    for (name, _), average in zip(trainer.model.named_parameters(), trainer.averages, strict=False):
-        average.detach().copy_(_placed((averages_state or {})[name], average))
+def load_model_state(model: nn.Module, state: dict[str, Any]) -> None:
+    """Load what ``model_state`` returned on the first process; every process has to pass all of it."""
+    model.load_state_dict(_placed(state, model.state_dict()))
+
+
+def load_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Load what ``optimizer_state`` returned on the first process; every process has to pass all of it."""
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    like = {"state": {i: dict.fromkeys(state["state"].get(i, ()), weight) for i, weight in enumerate(weights)}}
+    optimizer.load_state_dict(_placed(state, like))
+
+
+def load_averages_state(model: nn.Module, averages: Sequence[Tensor], state: dict[str, Any]) -> None:
+    """Load what ``averages_state`` returned on the first process; every process has to pass all of it."""
+    for (name, _), average in zip(model.named_parameters(), averages, strict=False):
+        average.detach().copy_(_placed(state[name], average))
 
 
 def _is_sharded(value: Any) -> TypeGuard[DTensor]:

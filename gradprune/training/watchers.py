@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from gradprune.attacks import Attack, Runtime
 from gradprune.errors import GradpruneError, OptionError
-from gradprune.evaluation.plots import can_draw, figure_of, save_figure
 from gradprune.runtime.guard import unchanged
+from gradprune.support.figures import can_draw, figure_of, save_figure
 from gradprune.support.files import write_text
 
 METRICS, CURVES, TENSORBOARD = "metrics.jsonl", "curves.png", "tensorboard"

@@ -15,8 +15,8 @@ from torch import nn
 
 from gradprune.attacks import PGD
 from gradprune.errors import GradpruneError, OptionError
-from gradprune.training import watch
-from gradprune.training.watch import Curves, JsonLines, Progress, Start, TensorBoard, Watcher, read_metrics
+from gradprune.training import watchers as watch
+from gradprune.training.watchers import Curves, JsonLines, Progress, Start, TensorBoard, Watcher, read_metrics
 
 BATCHES = 6
 
