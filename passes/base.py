@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import enum
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, ClassVar
 
+import torch
 from torch import fx
 
-from gradprune.graph.step_graph import StepGraph, overload_name, source_line
+from gradprune.graph.step_graph import Form, overload_name, source_line
 
 
 class Tier(enum.Enum):
@@ -18,6 +20,15 @@ class Tier(enum.Enum):
     """Every value that is still computed is computed by the same operator from the same operands."""
     REORDERS_FLOAT = "reorders float"
     """Mathematically equal, but floating point may round differently."""
+
+
+class Stage(enum.Enum):
+    """Which graph a pass works on."""
+
+    CAPTURED = "before autograd"
+    """The one that Dynamo captured, a ``CapturedGraph``: what changes here is differentiated as changed."""
+    JOINT = "after autograd"
+    """The one of forward and backward, a ``StepGraph``."""
 
 
 @dataclass(frozen=True)
@@ -64,19 +75,28 @@ class PassResult:
         return bool(self.removed or self.narrowed)
 
 
-class Pass(Protocol):
-    """A graph rewrite. Implementations are frozen dataclasses whose fields are their options."""
+class Pass(ABC):
+    """A graph rewrite. Implementations are frozen dataclasses whose fields are their options.
 
-    @property
-    def name(self) -> str:
-        """Name in the pipeline, in reports and in the ``disable`` option: words joined by hyphens."""
+    Attributes:
+        name: Name in the pipeline, in reports and in the ``disable`` option: words joined by hyphens.
+        tier: What the pass does to the numbers.
+        stage: Which graph it works on.
+        forms: Of steps, of models, or of both.
+        needs: Names of the passes without which it would not pay, or not work.
+        keeps: Operators that it has to see whole, so that Inductor must not decompose them.
+    """
 
-    @property
-    def tier(self) -> Tier:
-        """What the pass does to the numbers."""
+    name: ClassVar[str]
+    tier: ClassVar[Tier]
+    stage: ClassVar[Stage] = Stage.JOINT
+    forms: ClassVar[frozenset[Form]] = frozenset({"step", "model"})
+    needs: ClassVar[frozenset[str]] = frozenset()
+    keeps: ClassVar[tuple[torch._ops.OpOverload, ...]] = ()
 
-    def run(self, step_graph: StepGraph) -> PassResult:
-        """Rewrite ``step_graph`` in place.
+    @abstractmethod
+    def run(self, graph: Any) -> PassResult:
+        """Rewrite a ``CapturedGraph`` or a ``StepGraph``, as ``stage`` has it, in place.
 
         Contract: roles stay as they are, every live value keeps its ``meta["val"]`` shape and dtype, the graph has no
         dead nodes of the pass's own making, and a graph the pass does not apply to is left untouched.

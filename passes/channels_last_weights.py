@@ -10,16 +10,15 @@ weight depends on weights alone. Reorders float: the order may decide which kern
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
+from torch import fx
 
 from gradprune.graph.build import Builder
-from gradprune.graph.invariance import invariant_nodes
-from gradprune.graph.step_graph import StepGraph, tensor_of
+from gradprune.graph.step_graph import tensor_of
 from gradprune.torch_compat.inductor import computes_in_channels_last
 
-from .base import Change, PassResult, Tier
+from .base import Tier
+from .rewrite import rewrite
 
 aten = torch.ops.aten
 
@@ -27,28 +26,22 @@ DEVICES = ("cuda",)
 """Where it applies. On a CPU weights are packed instead."""
 
 
-@dataclass(frozen=True)
-class ChannelsLastWeights:
-    """Convert weights of convolutions ahead."""
-
-    name = "channels-last-weights"
-    tier = Tier.REORDERS_FLOAT
-
-    def run(self, step_graph: StepGraph) -> PassResult:
-        """See ``Pass.run``."""
-        result = PassResult()
-        convolutions = step_graph.graph.find_nodes(op="call_function", target=aten.convolution.default)
-        if step_graph.form != "step" or not convolutions or not computes_in_channels_last(step_graph.graph):
-            return result
-        invariant = invariant_nodes(step_graph)
-        for node in convolutions:
-            weight = node.args[1]
-            value = tensor_of(weight)
-            if weight not in invariant or value is None or value.dim() != 4 or value.device.type not in DEVICES:
-                continue
-            if value.is_contiguous(memory_format=torch.channels_last):
-                continue
-            converted = Builder(node).call(aten.clone.default, weight, memory_format=torch.channels_last)
-            node.update_arg(1, converted)
-            result.narrowed.append(Change.at(node, "weight converted to channels-last once per attack"))
-        return result
+@rewrite(
+    aten.convolution.default,
+    name="channels-last-weights",
+    tier=Tier.REORDERS_FLOAT,
+    reason="weight converted to channels-last once per attack",
+    forms=["step"],
+    needs=["hoist-invariants"],
+    when=lambda step_graph: computes_in_channels_last(step_graph.graph),
+)
+def channels_last_weights(node: fx.Node, build: Builder) -> fx.Node | None:
+    """Have a convolution read its weight in channels-last order."""
+    weight: fx.Node = node.args[1]  # type: ignore[assignment]
+    value = tensor_of(weight)
+    if not build.is_invariant(weight) or value is None or value.dim() != 4 or value.device.type not in DEVICES:
+        return None
+    if value.is_contiguous(memory_format=torch.channels_last):
+        return None
+    node.update_arg(1, build.call(aten.clone.default, weight, memory_format=torch.channels_last))
+    return node

@@ -15,78 +15,53 @@ touch a convolution whose weight gradient is used. Reorders float: another algor
 
 from __future__ import annotations
 
-import operator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
-from gradprune.graph.step_graph import StepGraph, tensor_of
+from gradprune.graph.build import Builder
+from gradprune.graph.step_graph import tensor_of
 
-from .base import Change, PassResult, Tier
-from .dce import eliminate_dead_code
-from .narrow_outputs import used_outputs
+from .base import Tier
+from .rewrite import Skip, rewrite
 
 aten = torch.ops.aten
 
 
-@dataclass(frozen=True)
-class DgradAsConvolution:
+@rewrite(
+    aten.convolution_backward.default,
+    name="dgrad-as-convolution",
+    tier=Tier.REORDERS_FLOAT,
+    reason="input gradient computed by a convolution, without the saved input",
+    output=0,
+)
+def dgrad_as_convolution(node: fx.Node, build: Builder) -> fx.Node | Skip:
     """Rewrite ``convolution_backward`` that computes the input gradient alone."""
-
-    name = "dgrad-as-convolution"
-    tier = Tier.REORDERS_FLOAT
-
-    def run(self, step_graph: StepGraph) -> PassResult:
-        """See ``Pass.run``."""
-        result = PassResult()
-        graph = step_graph.graph
-        for node in graph.find_nodes(op="call_function", target=aten.convolution_backward.default):
-            if used_outputs(node) != frozenset({0}):
-                continue
-            arguments = _convolution_arguments(node)
-            if isinstance(arguments, str):
-                result.skipped.append(Change.at(node, arguments))
-                continue
-            with graph.inserting_before(node):
-                gradient = graph.call_function(aten.convolution.default, arguments)
-            gradient.meta = {**node.meta, "val": node.meta["val"][0]}
-            for getitem in list(node.users):
-                assert getitem.target is operator.getitem
-                getitem.replace_all_uses_with(gradient)
-                graph.erase_node(getitem)
-            result.narrowed.append(Change.at(node, "input gradient computed by a convolution, without the saved input"))
-            graph.erase_node(node)
-        if result.narrowed:
-            result.removed += eliminate_dead_code(graph)
-        return result
-
-
-def _convolution_arguments(node: fx.Node) -> tuple[Any, ...] | str:
-    """Arguments of the convolution that computes the input gradient, or the reason why there is none."""
     grad_output, saved_input, weight, _, stride, padding, dilation, transposed, output_padding, groups, _ = node.args
     shapes = [tensor_of(n) for n in (grad_output, saved_input, weight)]  # type: ignore[arg-type]
     if any(shape is None for shape in shapes):
-        return "an operand has no known shape"
+        return Skip("an operand has no known shape")
     out, inp, kernel = (list(t.shape[2:]) for t in shapes)  # type: ignore[union-attr]
     rank = len(kernel)
     stride, padding, dilation = (_per_dimension(v, rank) for v in (stride, padding, dilation))
     if transposed:
         for k, extra in enumerate(_per_dimension(output_padding, rank)):
             if extra >= stride[k]:
-                return f"dimension {k} has an output padding of {extra}, which is not below the stride"
-        return (grad_output, weight, None, stride, padding, dilation, False, [0] * rank, groups)
+                return Skip(f"dimension {k} has an output padding of {extra}, which is not below the stride")
+        arguments: tuple[Any, ...] = (stride, padding, dilation, False, [0] * rank, groups)
+        return build.call(aten.convolution.default, grad_output, weight, None, *arguments)
     output_padding = []
     for k in range(rank):
         rest = inp[k] - ((out[k] - 1) * stride[k] - 2 * padding[k] + dilation[k] * (kernel[k] - 1) + 1)
         known = _known_integer(rest)
         if known is None:
-            return "the output padding of the transposed convolution depends on a symbolic size"
+            return Skip("the output padding of the transposed convolution depends on a symbolic size")
         if not 0 <= known < max(stride[k], dilation[k]):
-            return f"the input's dimension {k} needs an output padding of {known}, which torch does not allow"
+            return Skip(f"the input's dimension {k} needs an output padding of {known}, which torch does not allow")
         output_padding.append(known)
-    return (grad_output, weight, None, stride, padding, dilation, True, output_padding, groups)
+    arguments = (stride, padding, dilation, True, output_padding, groups)
+    return build.call(aten.convolution.default, grad_output, weight, None, *arguments)
 
 
 def _per_dimension(value: Any, rank: int) -> list[int]:

@@ -28,7 +28,7 @@ from gradprune.graph.regions import BACKWARD, backward_nodes
 from gradprune.graph.step_graph import StepGraph, tensor_of
 from gradprune.ops import realize, unpack_mask
 
-from .base import Change, PassResult, Tier
+from .base import Change, Pass, PassResult, Tier
 from .dce import eliminate_dead_code
 
 aten = torch.ops.aten
@@ -36,14 +36,14 @@ convert_element_type = torch.ops.prims.convert_element_type.default
 
 
 @dataclass(frozen=True)
-class EarlyMasks:
+class EarlyMasks(Pass):
     """Compute boolean masks in the forward pass and store them in a form that is cheap to write and to read."""
 
     name = "early-masks"
     tier = Tier.EXACT
 
     def run(self, step_graph: StepGraph) -> PassResult:
-        """See ``Pass.run``."""
+        """Move masks to the forward pass where that frees an activation, and store them."""
         result = PassResult()
         is_step = step_graph.form == "step"
         moved = _move_to_forward(step_graph) if is_step else set()

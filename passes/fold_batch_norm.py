@@ -15,15 +15,16 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 from torch.nn import functional as F
 
-from .base import Change, PassResult
+from gradprune.graph.captured_graph import CapturedGraph
 
-NAME = "fold-batch-norm"
+from .base import Change, Pass, PassResult, Stage, Tier
 
 Arguments = dict[str, Any]
 
@@ -42,49 +43,54 @@ _ORIGIN = ("nn_module_stack", "source_fn_stack", "stack_trace")
 """Metadata that says which module a node was called in: a folded convolution is still that of its own module."""
 
 
-def fold_batch_norm(graph: fx.Graph, is_weight: Callable[[fx.Node], bool]) -> PassResult:
-    """Fold every batch norm of a Dynamo graph that can be, in place.
+@dataclass(frozen=True)
+class FoldBatchNorm(Pass):
+    """Fold every batch norm of a captured graph that can be."""
 
-    Args:
-        graph: The graph.
-        is_weight: Whether a placeholder is a parameter or a buffer.
-    """
-    result = PassResult()
-    constant = _depending_on_weights_alone(graph, is_weight)
-    for node in list(graph.nodes):
-        norm = _evaluation_arguments(node)
-        if norm is None:
-            continue
-        operands = [value for name, value in norm.items() if name != "input" and isinstance(value, fx.Node)]
-        if not constant.issuperset(operands):
-            continue
-        layer = norm["input"]
-        change = Change.at(node, f"folded into {layer.name}")
-        if _is_foldable(layer, constant) and all(operand < layer for operand in operands):
-            with graph.inserting_before(layer):
-                folded = _folded_layer(graph, layer, norm)
-            origin = {key: layer.meta[key] for key in _ORIGIN if key in layer.meta}
-        else:
-            change = Change.at(node, "one multiply-add instead of a normalization")
-            with graph.inserting_before(node):
-                folded = _multiply_add(graph, norm)
-            origin = {}
-        folded.meta = {**node.meta, **origin}
-        node.replace_all_uses_with(folded)
-        graph.erase_node(node)
-        if not layer.users:
-            graph.erase_node(layer)
-        result.narrowed.append(change)
-    return result
+    name = "fold-batch-norm"
+    tier = Tier.REORDERS_FLOAT
+    stage = Stage.CAPTURED
+    forms = frozenset({"step"})
+
+    def run(self, captured: CapturedGraph) -> PassResult:
+        """Fold norms into the layer before them, or make a multiply-add of them."""
+        result = PassResult()
+        graph = captured.graph
+        constant = _depending_on_weights_alone(captured)
+        for node in list(graph.nodes):
+            norm = _evaluation_arguments(node)
+            if norm is None:
+                continue
+            operands = [value for name, value in norm.items() if name != "input" and isinstance(value, fx.Node)]
+            if not constant.issuperset(operands):
+                continue
+            layer = norm["input"]
+            change = Change.at(node, f"folded into {layer.name}")
+            if _is_foldable(layer, constant) and all(operand < layer for operand in operands):
+                with graph.inserting_before(layer):
+                    folded = _folded_layer(graph, layer, norm)
+                origin = {key: layer.meta[key] for key in _ORIGIN if key in layer.meta}
+            else:
+                change = Change.at(node, "one multiply-add instead of a normalization")
+                with graph.inserting_before(node):
+                    folded = _multiply_add(graph, norm)
+                origin = {}
+            folded.meta = {**node.meta, **origin}
+            node.replace_all_uses_with(folded)
+            graph.erase_node(node)
+            if not layer.users:
+                graph.erase_node(layer)
+            result.narrowed.append(change)
+        return result
 
 
-def _depending_on_weights_alone(graph: fx.Graph, is_weight: Callable[[fx.Node], bool]) -> set[fx.Node]:
+def _depending_on_weights_alone(captured: CapturedGraph) -> set[fx.Node]:
     """Nodes computed from weights that nothing in the graph writes to."""
-    written = _written(graph)
+    written = _written(captured.graph)
     constant: set[fx.Node] = set()
-    for node in graph.nodes:
+    for node in captured.graph.nodes:
         if node.op == "placeholder":
-            is_constant = is_weight(node)
+            is_constant = node in captured.weights
         else:
             is_constant = bool(node.all_input_nodes) and constant.issuperset(node.all_input_nodes)
         if is_constant and node not in written:

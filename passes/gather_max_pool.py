@@ -28,25 +28,23 @@ from torch import fx
 from gradprune.graph.step_graph import StepGraph, tensor_of
 from gradprune.ops import max_pool_backward
 
-from .base import Change, PassResult, Tier
+from .base import Change, Pass, PassResult, Tier
 from .dce import eliminate_dead_code
 
 aten = torch.ops.aten
 prims = torch.ops.prims
 
-KEPT_OPERATORS = (aten.max_pool2d_with_indices_backward.default,)
-"""What Inductor must not decompose for the pass to find it."""
-
 
 @dataclass(frozen=True)
-class GatherMaxPool:
+class GatherMaxPool(Pass):
     """Rewrite ``max_pool2d_with_indices_backward`` and the mask of a ReLU that comes before the pooling."""
 
     name = "gather-max-pool"
     tier = Tier.REORDERS_FLOAT
+    keeps = (aten.max_pool2d_with_indices_backward.default,)
 
     def run(self, step_graph: StepGraph) -> PassResult:
-        """See ``Pass.run``."""
+        """Mask before the pooling where that is the same, then gather."""
         result = PassResult()
         graph = step_graph.graph
         for node in graph.find_nodes(op="call_function", target=aten.max_pool2d_with_indices_backward.default):

@@ -23,21 +23,20 @@ from torch.utils._pytree import tree_flatten
 from gradprune.graph.invariance import hoisted_values, invariant_nodes
 from gradprune.graph.step_graph import StepGraph
 
-from .base import Change, PassResult, Tier
+from .base import Change, Pass, PassResult, Tier
 
 
 @dataclass(frozen=True)
-class HoistInvariants:
+class HoistInvariants(Pass):
     """Merge equal values of weights and say which are hoisted."""
 
     name = "hoist-invariants"
     tier = Tier.EXACT
+    forms = frozenset({"step"})
 
     def run(self, step_graph: StepGraph) -> PassResult:
-        """See ``Pass.run``."""
+        """Merge equal values of weights, then list what is hoisted."""
         result = PassResult()
-        if step_graph.form != "step":
-            return result
         result.removed += _merge_equal(step_graph)
         result.hoisted += [
             Change.at(node, "depends on weights alone: computed once per attack") for node in hoisted_values(step_graph)

@@ -18,20 +18,20 @@ from torch import fx
 
 from gradprune.graph.step_graph import StepGraph
 
-from .base import Change, PassResult, Tier
+from .base import Change, Pass, PassResult, Tier
 from .dce import is_removable
 from .rules import is_unnarrowable, rule_for
 
 
 @dataclass(frozen=True)
-class NarrowOutputs:
+class NarrowOutputs(Pass):
     """Narrow multi-output operators to what is used."""
 
     name = "narrow-outputs"
     tier = Tier.EXACT
 
     def run(self, step_graph: StepGraph) -> PassResult:
-        """See ``Pass.run``."""
+        """Sweep backwards: erase what is dead, narrow what has outputs that nobody uses."""
         result = PassResult()
         graph = step_graph.graph
         for node in reversed(graph.nodes):

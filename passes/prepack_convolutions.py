@@ -36,7 +36,7 @@ from gradprune.ops.subpixel import subpixel
 from gradprune.ops.winograd import winograd_convolution
 from gradprune.torch_compat.aot import size_hint
 
-from .base import Change, PassResult, Tier
+from .base import Change, Pass, PassResult, Tier
 from .dce import eliminate_dead_code
 
 aten = torch.ops.aten
@@ -51,17 +51,17 @@ takes 25 us or more; 3x3 convolutions of 0.3, 0.6 and 2.4 million operations too
 
 
 @dataclass(frozen=True)
-class PrepackConvolutions:
+class PrepackConvolutions(Pass):
     """Replace convolutions by ones with packed weights."""
 
     name = "prepack-convolutions"
     tier = Tier.REORDERS_FLOAT
+    forms = frozenset({"step"})
+    needs = frozenset({"hoist-invariants"})
 
     def run(self, step_graph: StepGraph) -> PassResult:
-        """See ``Pass.run``."""
+        """Pack every convolution that is large enough, then fuse ReLUs."""
         result = PassResult()
-        if step_graph.form != "step":
-            return result
         invariant = invariant_nodes(step_graph)
         graph = step_graph.graph
         replaced: set[fx.Node] = set()

@@ -12,59 +12,44 @@ oneDNN computes in. Needs ``hoist-invariants``. Reorders float.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import fx
 
 from gradprune.graph.build import Builder
-from gradprune.graph.invariance import invariant_nodes
-from gradprune.graph.step_graph import StepGraph, tensor_of
+from gradprune.graph.step_graph import tensor_of
 from gradprune.ops import pack_linear, packed_linear
 from gradprune.ops.kernel_choice import is_faster
 from gradprune.torch_compat.aot import size_hint
 
-from .base import Change, PassResult, Tier
-from .dce import eliminate_dead_code
+from .base import Tier
 from .prepack_convolutions import is_computed_by_onednn
+from .rewrite import rewrite
 
 aten = torch.ops.aten
 
 
-@dataclass(frozen=True)
-class PrepackLinears:
-    """Replace matrix products with a weight by ones with a packed weight."""
-
-    name = "prepack-linears"
-    tier = Tier.REORDERS_FLOAT
-
-    def run(self, step_graph: StepGraph) -> PassResult:
-        """See ``Pass.run``."""
-        result = PassResult()
-        if step_graph.form != "step":
-            return result
-        invariant = invariant_nodes(step_graph)
-        for node in list(step_graph.calls()):
-            if node.target is aten.addmm.default and not node.kwargs:
-                bias, rows, weight = node.args
-            elif node.target is aten.mm.default:
-                bias, (rows, weight) = None, node.args
-            else:
-                continue
-            if weight not in invariant or rows in invariant:
-                continue
-            if not _is_packable(rows, weight, bias) or not is_packed_faster(*_sizes(rows, weight)):
-                continue
-            build = Builder(node)
-            packed = build.call(pack_linear, build.call(aten.permute.default, weight, [1, 0]), _sizes(rows, weight)[0])
-            product = build.call(packed_linear, rows, packed, bias)
-            product.meta = dict(node.meta)
-            node.replace_all_uses_with(product)
-            result.narrowed.append(Change.at(node, "weight packed once per attack"))
-            step_graph.graph.erase_node(node)
-        if result.narrowed:
-            result.removed += eliminate_dead_code(step_graph.graph)
-        return result
+@rewrite(
+    aten.addmm.default,
+    aten.mm.default,
+    name="prepack-linears",
+    tier=Tier.REORDERS_FLOAT,
+    reason="weight packed once per attack",
+    forms=["step"],
+    needs=["hoist-invariants"],
+)
+def prepack_linears(node: fx.Node, build: Builder) -> fx.Node | None:
+    """Replace a product with a weight by one with a packed weight."""
+    if node.kwargs:
+        return None
+    rows, weight = node.args[-2:]
+    bias = node.args[0] if node.target is aten.addmm.default else None
+    if not build.is_invariant(weight) or build.is_invariant(rows):
+        return None
+    if not _is_packable(rows, weight, bias) or not is_packed_faster(*_sizes(rows, weight)):
+        return None
+    packed = build.call(pack_linear, build.call(aten.permute.default, weight, [1, 0]), _sizes(rows, weight)[0])
+    return build.call(packed_linear, rows, packed, bias)
 
 
 def _is_packable(rows: object, weight: object, bias: object) -> bool:

@@ -14,19 +14,19 @@ from torch import fx
 
 from gradprune.graph.step_graph import OutputRole, StepGraph
 
-from .base import Change, PassResult, Tier
+from .base import Change, Pass, PassResult, Tier
 from .dce import eliminate_dead_code
 
 
 @dataclass(frozen=True)
-class SelectOutputs:
+class SelectOutputs(Pass):
     """Drop outputs with role WEIGHT_GRAD, and everything that was computed for them alone."""
 
     name = "select-outputs"
     tier = Tier.EXACT
 
     def run(self, step_graph: StepGraph) -> PassResult:
-        """See ``Pass.run``."""
+        """Drop unread weight gradients, and what they alone needed."""
         result = PassResult()
         values = step_graph.output_values()
         for position, role in enumerate(step_graph.outputs):

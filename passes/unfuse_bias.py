@@ -9,39 +9,30 @@ factors. Reorders float.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
+from torch import fx
 
 from gradprune.graph.build import Builder
-from gradprune.graph.step_graph import StepGraph, tensor_of
+from gradprune.graph.step_graph import tensor_of
 from gradprune.ops import mm
 
-from .base import Change, PassResult, Tier
+from .base import Tier
+from .rewrite import rewrite
 
 aten = torch.ops.aten
 
 
-@dataclass(frozen=True)
-class UnfuseBias:
+@rewrite(
+    aten.addmm.default,
+    name="unfuse-bias",
+    tier=Tier.REORDERS_FLOAT,
+    reason="bias added where the product is read",
+)
+def unfuse_bias(node: fx.Node, build: Builder) -> fx.Node | None:
     """Split ``addmm`` into a product and a sum."""
-
-    name = "unfuse-bias"
-    tier = Tier.REORDERS_FLOAT
-
-    def run(self, step_graph: StepGraph) -> PassResult:
-        """See ``Pass.run``."""
-        result = PassResult()
-        for node in step_graph.graph.find_nodes(op="call_function", target=aten.addmm.default):
-            bias = tensor_of(node.args[0])
-            if node.kwargs or bias is None or bias.dim() != 1 or bias.device.type != "cpu":
-                continue
-            if bias.dtype not in (torch.float32, torch.float64):
-                continue  # a product in half precision would be rounded twice
-            build = Builder(node)
-            total = build.call(aten.add.Tensor, build.call(mm, *node.args[1:]), node.args[0])
-            total.meta = dict(node.meta)
-            node.replace_all_uses_with(total)
-            result.narrowed.append(Change.at(node, "bias added where the product is read"))
-            step_graph.graph.erase_node(node)
-        return result
+    bias = tensor_of(node.args[0])  # type: ignore[arg-type]
+    if node.kwargs or bias is None or bias.dim() != 1 or bias.device.type != "cpu":
+        return None
+    if bias.dtype not in (torch.float32, torch.float64):
+        return None  # a product in half precision would be rounded twice
+    return build.call(aten.add.Tensor, build.call(mm, *node.args[1:]), node.args[0])

@@ -13,51 +13,43 @@ Reorders float; the sums have fewer terms, and the result is no further from flo
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
+from torch import fx
 
 from gradprune.graph.build import Builder
 from gradprune.graph.cost import DIRECT_FLOPS, convolution_flops
-from gradprune.graph.invariance import invariant_nodes
-from gradprune.graph.step_graph import StepGraph, tensor_of
+from gradprune.graph.step_graph import tensor_of
 from gradprune.ops import pack_convolution, packed_convolution, winograd
 from gradprune.ops.kernel_choice import is_faster
 from gradprune.torch_compat.aot import size_hint
 
-from .base import Change, PassResult, Tier
+from .base import Tier
 from .prepack_convolutions import Convolution
+from .rewrite import rewrite
 
 aten = torch.ops.aten
 
 
-@dataclass(frozen=True)
-class WinogradConvolutions:
-    """Replace convolutions of 3 by 3 by ones with a transformed weight."""
-
-    name = "winograd-convolutions"
-    tier = Tier.REORDERS_FLOAT
-
-    def run(self, step_graph: StepGraph) -> PassResult:
-        """See ``Pass.run``."""
-        result = PassResult()
-        if step_graph.form != "step":
-            return result
-        invariant = invariant_nodes(step_graph)
-        for node in step_graph.graph.find_nodes(op="call_function", target=aten.convolution.default):
-            c = Convolution.of(node)
-            if c is None or c.weight not in invariant or node in invariant:
-                continue
-            if not _is_legal(c) or not _is_worth_it(c):
-                continue
-            build = Builder(node)
-            weight = build.call(winograd.winograd_weight, c.weight, c.transposed)
-            replacement = build.call(winograd.winograd_convolution, c.input, weight, c.bias, _padding(c), "none")
-            replacement.meta = {**node.meta, DIRECT_FLOPS: convolution_flops(node)}
-            node.replace_all_uses_with(replacement)
-            result.narrowed.append(Change.at(node, "16 multiplications instead of 36, weight transformed once"))
-            step_graph.graph.erase_node(node)
-        return result
+@rewrite(
+    aten.convolution.default,
+    name="winograd-convolutions",
+    tier=Tier.REORDERS_FLOAT,
+    reason="16 multiplications instead of 36, weight transformed once",
+    forms=["step"],
+    needs=["hoist-invariants"],
+)
+def winograd_convolutions(node: fx.Node, build: Builder) -> fx.Node | None:
+    """Replace a convolution of 3 by 3 by one with a transformed weight."""
+    c = Convolution.of(node)
+    if c is None or not build.is_invariant(c.weight) or build.is_invariant(node):
+        return None
+    if not _is_legal(c) or not _is_worth_it(c):
+        return None
+    weight = build.call(winograd.winograd_weight, c.weight, c.transposed)
+    replacement = build.call(winograd.winograd_convolution, c.input, weight, c.bias, _padding(c), "none")
+    replacement.meta[DIRECT_FLOPS] = convolution_flops(node)
+    return replacement
 
 
 def _padding(c: Convolution) -> list[int]:

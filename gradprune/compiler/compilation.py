@@ -5,12 +5,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from torch import fx
 
 from gradprune.errors import CompileError, PassError
 from gradprune.graph.editing import copy_graph, restore_graph
+from gradprune.passes.base import Pass
+from gradprune.passes.fold_batch_norm import FoldBatchNorm
+from gradprune.passes.pipeline import select_passes
 from gradprune.torch_compat.inductor import compile_fx_inner
 
 from .capture import Capture
@@ -45,6 +49,13 @@ class Compilation:
     capture: Capture = field(default_factory=lambda: Capture("model", []))
     was_traced: bool = False
     parts: Split | None = None
+
+    @cached_property
+    def passes(self) -> tuple[Pass, ...]:
+        """The passes to run, before autograd and after it."""
+        options = self.options
+        disable = options.disable if options.fold_batch_norm else (*options.disable, FoldBatchNorm.name)
+        return select_passes(disable, options.exact_order, options.passes)
 
     def tell(self, event: str, *about: Any) -> None:
         """Tell every listener; one that raises hears of it, and nothing else comes of it."""

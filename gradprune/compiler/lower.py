@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import functools
-import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
+from gradprune.graph.captured_graph import CapturedGraph
 from gradprune.graph.step_graph import InputRole
-from gradprune.passes import fold_batch_norm, gather_max_pool
-from gradprune.passes.base import PassResult, Tier
-from gradprune.passes.pipeline import PassRecord, select_passes
+from gradprune.passes.pipeline import PassRecord, kept_operators, run_passes
 from gradprune.torch_compat import aot, dynamo, inductor
 
 from .capture import capture
@@ -76,14 +74,14 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], compilation: Com
         compilation.tell("classified", "model")
         return _compile_fx(gm, example_inputs, _told(compilation), options.inductor_settings)
     compilation.tell("classified", compilation.capture.form)
-    _fold_batch_norm(gm, compilation)
+    _run_passes_before_autograd(gm, compilation)
     pruning = PruningPass(compilation, inductor.inductor_config.joint_custom_pre_pass)
     compiled = _compile_fx(
         gm,
         example_inputs,
         functools.partial(_compile_part, compilation),
         {**options.inductor_settings, "joint_custom_pre_pass": pruning},
-        keep=_kept_operators(options),
+        keep=kept_operators(compilation.passes),
     )
     if not compilation.was_traced and any(node.op not in ("placeholder", "output") for node in gm.graph.nodes):
         reason = "torch noted no descriptors ('desc') on the outputs of the graph, and its passes ran on none of it"
@@ -91,35 +89,19 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], compilation: Com
     return with_calling_convention(compiled, compilation.capture)
 
 
-def _fold_batch_norm(gm: fx.GraphModule, compilation: Compilation) -> None:
-    """Run the one pass that has to come before autograd."""
-    options, graph = compilation.options, gm.graph
-    wanted = options.fold_batch_norm and not options.exact_order and fold_batch_norm.NAME not in options.disable
-    if compilation.capture.form != "step" or not wanted:
-        return
-    started = time.perf_counter()
-    before = _count_calls(graph)
-    results: list[PassResult] = []
+def _run_passes_before_autograd(gm: fx.GraphModule, compilation: Compilation) -> None:
+    graph, options = gm.graph, compilation.options
+    weights = frozenset(node for node in graph.find_nodes(op="placeholder") if dynamo.is_module_state(node))
+    captured = CapturedGraph(graph, compilation.capture.form, weights)
 
-    def fold() -> None:
-        results.append(fold_batch_norm.fold_batch_norm(graph, dynamo.is_module_state))
-        graph.lint()
-
-    if compilation.attempt(Fallback.FOLDING, graph, fold, f"pass {fold_batch_norm.NAME!r} failed"):
-        seconds = time.perf_counter() - started
-        record = PassRecord(fold_batch_norm.NAME, Tier.REORDERS_FLOAT, seconds, before, _count_calls(graph), results[0])
+    def observe(record: PassRecord) -> None:
         compilation.tell("passed", record, graph, None)
+
+    def run() -> None:
+        run_passes(captured, compilation.passes, verify=options.verify, observe=observe)
+
+    compilation.attempt(Fallback.FOLDING, graph, run, "a pass before autograd failed")
     gm.recompile()
-
-
-def _count_calls(graph: fx.Graph) -> int:
-    return sum(node.op in ("call_function", "call_method") for node in graph.nodes)
-
-
-def _kept_operators(options: Options) -> Sequence[torch._ops.OpOverload]:
-    """Operators that a pass has to see whole."""
-    selected = [step.name for step in select_passes(options.disable, options.exact_order)]
-    return gather_max_pool.KEPT_OPERATORS if gather_max_pool.GatherMaxPool.name in selected else ()
 
 
 def _compile_fx(
@@ -127,7 +109,7 @@ def _compile_fx(
     example_inputs: Sequence[Any],
     inner_compile: InnerCompile,
     patches: dict[str, Any],
-    keep: Sequence[torch._ops.OpOverload] = (),
+    keep: Collection[torch._ops.OpOverload] = (),
 ) -> Callback:
     """Inductor's compilation with other settings; operators in ``keep`` are not decomposed."""
     decompositions = None

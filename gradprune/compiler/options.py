@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gradprune.errors import OptionError, unknown
+from gradprune.passes.base import Pass, Tier
 from gradprune.passes.pipeline import PASS_NAMES
 from gradprune.torch_compat.inductor import inductor_config, list_mode_options
 
@@ -21,6 +22,8 @@ class Options:
         disable: Names of passes to leave out, such as ``("dgrad-as-convolution",)``.
         exact_order: Leave out every pass that may round differently from eager (tier "reorders float").
         fold_batch_norm: Fold batch norm in evaluation mode into the convolution or linear layer before it.
+        passes: Passes of your own, see ``gradprune.passes.base.Pass`` and ``gradprune.passes.rewrite.rewrite``. They
+            run behind those of gradprune, but what they make of weights is hoisted all the same.
         always_refresh: Look for changed weights at every call as at the start of an attack. For code that writes to
             ``weight.data`` between two steps of one attack; see also ``gradprune.invalidate``.
         forward_only: Move what depends on weights alone out of a function that takes no gradient as well, for the
@@ -40,6 +43,7 @@ class Options:
     disable: tuple[str, ...] = ()
     exact_order: bool = False
     fold_batch_norm: bool = True
+    passes: tuple[Pass, ...] = ()
     always_refresh: bool = False
     forward_only: bool = False
     strict: bool = False
@@ -61,17 +65,38 @@ class Options:
         if isinstance(names, str) or not isinstance(names, Iterable):
             raise OptionError(f"gradprune option 'disable' must be a list of pass names, not {self.disable!r}")
         object.__setattr__(self, "disable", tuple(names))
+        self._check_passes()
+        known = (*PASS_NAMES, *(step.name for step in self.passes))
         for name in self.disable:
-            if name not in PASS_NAMES:
-                raise OptionError(f"gradprune option 'disable': {unknown('pass', name, PASS_NAMES)}")
+            if name not in known:
+                raise OptionError(f"gradprune option 'disable': {unknown('pass', name, known)}")
         if self.mode is not None and self.mode not in _inductor_modes():
             raise OptionError(f"gradprune option 'mode': {unknown('mode', self.mode, _inductor_modes())}")
         if not isinstance(self.inductor, Mapping):
             raise OptionError(f"gradprune option 'inductor' must be a mapping, not {self.inductor!r}")
-        known = inductor_config.get_config_copy() if self.inductor else {}
+        settings = inductor_config.get_config_copy() if self.inductor else {}
         for name in self.inductor:
-            if name not in known:
-                raise OptionError(f"gradprune option 'inductor': {unknown('Inductor setting', name, known)}")
+            if name not in settings:
+                raise OptionError(f"gradprune option 'inductor': {unknown('Inductor setting', name, settings)}")
+
+    def _check_passes(self) -> None:
+        passes: object = self.passes
+        if isinstance(passes, str) or not isinstance(passes, Iterable):
+            raise OptionError(f"gradprune option 'passes' must be a list of passes, not {passes!r}")
+        object.__setattr__(self, "passes", tuple(passes))
+        names = list(PASS_NAMES)
+        for step in self.passes:
+            made: object = step
+            if not isinstance(made, Pass):
+                raise OptionError(
+                    f"gradprune option 'passes': {made!r} is no pass: derive its class from gradprune.passes.base.Pass "
+                    "and pass an instance, or decorate a function with gradprune.passes.rewrite.rewrite"
+                )
+            if not (isinstance(getattr(step, "name", None), str) and isinstance(getattr(step, "tier", None), Tier)):
+                raise OptionError(f"gradprune option 'passes': {made!r} does not say its name and its tier")
+            if step.name in names:
+                raise OptionError(f"gradprune option 'passes': the name {step.name!r} is taken: choose another")
+            names.append(step.name)
 
     @property
     def inductor_settings(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from gradprune import passes
 from gradprune.errors import PassError
 from gradprune.graph.regions import mark_backward
 from gradprune.graph.step_graph import InputRole, OutputRole, StepGraph, set_outputs
-from gradprune.passes.pipeline import PassRecord, run_passes, select_passes
+from gradprune.passes.pipeline import PassRecord, pass_identity, run_passes
 from gradprune.torch_compat import aot, dynamo, inductor
 
 from .capture import Capture
@@ -63,14 +63,14 @@ class PruningPass(inductor.CustomGraphPass):
         def observe(record: PassRecord) -> None:
             compilation.tell("passed", record, graph, step_graph)
 
-        selected = select_passes(options.disable, options.exact_order)
-        records = run_passes(step_graph, selected, verify=options.verify, observe=observe)
+        records = run_passes(step_graph, compilation.passes, verify=options.verify, observe=observe)
         return step_graph, {change.node for record in records for change in record.result.hoisted}
 
     def uuid(self) -> bytes | None:
         """Identity of the passes for Inductor's cache: their source, the options, the roles of this graph."""
-        user_ids = [user_pass.uuid() for user_pass in self.user_passes if hasattr(user_pass, "uuid")]
-        if len(user_ids) < len(self.user_passes) or None in user_ids:
+        user_ids = [user_pass.uuid() if hasattr(user_pass, "uuid") else None for user_pass in self.user_passes]
+        user_ids += map(pass_identity, self.compilation.options.passes)
+        if None in user_ids:
             return None  # someone's pass cannot be identified, so nothing may be cached
         options, capture = self.compilation.options, self.compilation.capture
         chosen = (options.disable, options.exact_order, options.verify, options.strict)

@@ -4,7 +4,31 @@ A rule answers one question: given which outputs are used, with which arguments 
 There is one file per family of operators, which also names the family's operators that cannot be narrowed and says why.
 """
 
-from . import attention, convolution, grid_sampler, linear, normalization, recurrent  # noqa: F401
-from .registry import RULES, WHOLE, Narrowed, Rule, is_unnarrowable, register, register_whole, rule_for
+from . import attention, convolution, grid_sampler, linear, normalization, recurrent, resampling  # noqa: F401
+from .registry import (
+    RULES,
+    SHAPE_ONLY,
+    WHOLE,
+    Narrowed,
+    Rule,
+    is_unnarrowable,
+    register,
+    register_shape_only,
+    register_whole,
+    rule_for,
+    shape_only_operators,
+)
 
-__all__ = ["RULES", "WHOLE", "Narrowed", "Rule", "is_unnarrowable", "register", "register_whole", "rule_for"]
+__all__ = [
+    "RULES",
+    "SHAPE_ONLY",
+    "WHOLE",
+    "Narrowed",
+    "Rule",
+    "is_unnarrowable",
+    "register",
+    "register_shape_only",
+    "register_whole",
+    "rule_for",
+    "shape_only_operators",
+]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -35,6 +36,9 @@ RULES: dict[str, Rule] = {}
 
 WHOLE: dict[str, str] = {}
 """Why an operator can only be computed whole, by operator name."""
+
+SHAPE_ONLY: dict[str, int] = {}
+"""Position of the operand that an operator reads for its shape alone, by operator name."""
 
 
 def register(*names: str) -> Callable[[Rule], Rule]:
@@ -67,6 +71,32 @@ def register_whole(reason: str, *names: str) -> None:
     """
     _check_new(names)
     WHOLE.update(dict.fromkeys(names, reason))
+
+
+def register_shape_only(position: int, *names: str) -> None:
+    """Register operators that read no element of one of their operands.
+
+    Args:
+        position: Of the operand.
+        names: Names such as ``"aten.avg_pool2d_backward.default"``.
+
+    Raises:
+        ValueError: If an operator is registered already.
+    """
+    for name in names:
+        if name in SHAPE_ONLY:
+            raise ValueError(f"two operands of {name} that are read for their shape alone: register it once")
+    SHAPE_ONLY.update(dict.fromkeys(names, position))
+
+
+def shape_only_operators() -> list[torch._ops.OpOverload]:
+    """The operators of ``SHAPE_ONLY`` that this build of torch has."""
+    found = []
+    for name in SHAPE_ONLY:
+        namespace, packet, overload = name.split(".")
+        with suppress(AttributeError):
+            found.append(getattr(getattr(getattr(torch.ops, namespace), packet), overload))
+    return found
 
 
 def _check_new(names: tuple[str, ...]) -> None:

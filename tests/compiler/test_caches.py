@@ -16,7 +16,10 @@ from gradprune.compiler import pruning
 from gradprune.compiler.capture import Capture
 from gradprune.compiler.compilation import Compilation
 from gradprune.compiler.options import Options
+from gradprune.graph.build import Builder
 from gradprune.graph.step_graph import InputRole, OutputRole
+from gradprune.passes.base import Tier
+from gradprune.passes.rewrite import rewrite
 
 
 @pytest.fixture(autouse=True)
@@ -132,6 +135,22 @@ class Pass(torch._inductor.custom_graph_pass.CustomGraphPass):
 
     def uuid(self) -> str | None:
         return self.name
+
+
+def test_passes_among_the_options_are_part_of_the_uuid():
+    @rewrite(torch.ops.aten.mm.default, name="one", tier=Tier.EXACT, reason="")
+    def one(node: torch.fx.Node, build: Builder) -> None:
+        """Does nothing."""
+
+    @rewrite(torch.ops.aten.mm.default, name="one", tier=Tier.EXACT, reason="")
+    def other(node: torch.fx.Node, build: Builder) -> None:
+        """Does nothing either."""
+
+    assert uuid_of(passes=[one]) == uuid_of(passes=[one])
+    assert len({uuid_of(), uuid_of(passes=[one]), uuid_of(passes=[other])}) == 3
+    scope: dict[str, Any] = {"rewrite": rewrite, "aten": torch.ops.aten, "Tier": Tier}
+    exec('@rewrite(aten.mm.default, name="x", tier=Tier.EXACT, reason="")\ndef x(node, build): pass', scope)
+    assert uuid_of(passes=[scope["x"]]) is None  # nobody knows its source
 
 
 def test_passes_of_the_users_own_are_part_of_the_uuid():

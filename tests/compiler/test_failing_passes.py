@@ -23,7 +23,7 @@ from gradprune.compiler.lower import compile_graph
 from gradprune.graph.step_graph import OutputRole, StepGraph
 from gradprune.inspect.observe import Observer
 from gradprune.passes.base import PassResult
-from gradprune.passes.dgrad_as_convolution import DgradAsConvolution
+from gradprune.passes.dgrad_as_convolution import dgrad_as_convolution
 from gradprune.report import figures
 from gradprune.report.recorder import Recorder
 
@@ -69,7 +69,7 @@ BROKEN: dict[str, tuple[Callable[..., Any], str]] = {
 def message(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """A pass in the middle of the pipeline is broken; what is said about it."""
     broken, message = BROKEN[request.param]
-    monkeypatch.setattr(DgradAsConvolution, "run", broken)
+    monkeypatch.setattr(type(dgrad_as_convolution), "run", broken)
     return message
 
 

@@ -9,9 +9,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gradprune.graph.invariance import hoisted_values
-from gradprune.passes import channels_last_weights
-from gradprune.passes.channels_last_weights import ChannelsLastWeights
-from gradprune.passes.dgrad_as_convolution import DgradAsConvolution
+from gradprune.passes import channels_last_weights as module
+from gradprune.passes.channels_last_weights import channels_last_weights
+from gradprune.passes.dgrad_as_convolution import dgrad_as_convolution
 from gradprune.passes.hoist_invariants import HoistInvariants
 from gradprune.passes.narrow_outputs import NarrowOutputs
 from gradprune.passes.select_outputs import SelectOutputs
@@ -26,7 +26,7 @@ def attacked(model: nn.Module, x: torch.Tensor):
         return torch.autograd.grad(model(x).square().sum(), x)[0]
 
     step_graph = captured(step, x)
-    for rewrite in (SelectOutputs(), NarrowOutputs(), DgradAsConvolution()):
+    for rewrite in (SelectOutputs(), NarrowOutputs(), dgrad_as_convolution):
         rewrite.run(step_graph)
     return step_graph
 
@@ -38,14 +38,14 @@ def network() -> nn.Module:
 
 @pytest.fixture
 def on_a_gpu(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(channels_last_weights, "DEVICES", ("cpu",))
-    monkeypatch.setattr(channels_last_weights, "computes_in_channels_last", lambda graph: True)
+    monkeypatch.setattr(module, "DEVICES", ("cpu",))
+    monkeypatch.setattr(module, "computes_in_channels_last", lambda graph: True)
 
 
 @pytest.mark.usefixtures("on_a_gpu")
 def test_forward_and_input_gradient_share_one_converted_weight():
     step_graph = attacked(network(), torch.randn(2, 8, 9, 9, dtype=torch.float64))
-    applied = apply(ChannelsLastWeights(), step_graph)
+    applied = apply(channels_last_weights, step_graph)
     assert len(applied.result.narrowed) == 4
     assert len(find(step_graph, aten.clone.default)) == 4
     HoistInvariants().run(step_graph)
@@ -59,22 +59,22 @@ def test_forward_and_input_gradient_share_one_converted_weight():
 @pytest.mark.usefixtures("on_a_gpu")
 def test_weights_that_are_so_already_are_left():
     model = network().to(memory_format=torch.channels_last)
-    assert not apply(ChannelsLastWeights(), attacked(model, torch.randn(2, 8, 9, 9, dtype=torch.float64))).changed
+    assert not apply(channels_last_weights, attacked(model, torch.randn(2, 8, 9, 9, dtype=torch.float64))).changed
 
 
 @pytest.mark.usefixtures("on_a_gpu")
 def test_other_numbers_of_dimensions_are_left():
-    assert not apply(ChannelsLastWeights(), attacked(nn.Conv1d(4, 4, 3), torch.randn(2, 4, 9))).changed
+    assert not apply(channels_last_weights, attacked(nn.Conv1d(4, 4, 3), torch.randn(2, 4, 9))).changed
 
 
 @pytest.mark.usefixtures("on_a_gpu")
 def test_what_inductor_computes_in_another_order_is_left(monkeypatch):
-    monkeypatch.setattr(channels_last_weights, "computes_in_channels_last", lambda graph: False)
-    assert not apply(ChannelsLastWeights(), attacked(network(), torch.randn(2, 8, 9, 9, dtype=torch.float64))).changed
+    monkeypatch.setattr(module, "computes_in_channels_last", lambda graph: False)
+    assert not apply(channels_last_weights, attacked(network(), torch.randn(2, 8, 9, 9, dtype=torch.float64))).changed
 
 
 def test_a_cpu_is_left():
-    assert not apply(ChannelsLastWeights(), attacked(network(), torch.randn(2, 8, 9, 9, dtype=torch.float64))).changed
+    assert not apply(channels_last_weights, attacked(network(), torch.randn(2, 8, 9, 9, dtype=torch.float64))).changed
 
 
 def test_inductor_is_asked_about_tensors_on_a_gpu():

@@ -10,7 +10,7 @@ from torch.testing import FileCheck
 
 from gradprune.graph.step_graph import StepGraph
 from gradprune.passes.base import Tier
-from gradprune.passes.dgrad_as_convolution import DgradAsConvolution
+from gradprune.passes.dgrad_as_convolution import dgrad_as_convolution
 from gradprune.passes.narrow_outputs import NarrowOutputs
 from gradprune.passes.select_outputs import SelectOutputs
 
@@ -67,7 +67,7 @@ def check_rewritten(applied: Applied) -> None:
 def test_input_gradient_is_a_transposed_convolution(case: str):
     input_shape, weight_shape, options = CONVOLUTIONS[case]
     step_graph = narrowed_step(torch.rand(input_shape), torch.rand(weight_shape), options)
-    check_rewritten(apply(DgradAsConvolution(), step_graph))
+    check_rewritten(apply(dgrad_as_convolution, step_graph))
     transposed = [node.args[6] for node in find(step_graph, aten.convolution.default)]
     assert transposed == [False, True]
 
@@ -76,7 +76,7 @@ def test_input_gradient_is_a_transposed_convolution(case: str):
 def test_input_gradient_of_a_transposed_convolution_is_a_plain_one(case: str):
     input_shape, weight_shape, options = TRANSPOSED[case]
     step_graph = narrowed_step(torch.rand(input_shape), torch.rand(weight_shape), options, transposed=True)
-    check_rewritten(apply(DgradAsConvolution(), step_graph))
+    check_rewritten(apply(dgrad_as_convolution, step_graph))
     transposed = [node.args[6] for node in find(step_graph, aten.convolution.default)]
     assert transposed == [True, False]
 
@@ -85,7 +85,7 @@ def test_transposed_convolution_with_more_output_padding_than_stride_is_left_alo
     """A plain convolution would return a row for every further stride that fits into the padding."""
     options = {"dilation": 2, "padding": 1, "output_padding": 1}
     step_graph = narrowed_step(torch.rand(1, 1, 8, 8), torch.rand(1, 1, 2, 2), options, transposed=True)
-    applied = apply(DgradAsConvolution(), step_graph)
+    applied = apply(dgrad_as_convolution, step_graph)
     assert not applied.changed
     assert "dimension 0 has an output padding of 1" in applied.result.skipped[0].reason
 
@@ -93,7 +93,7 @@ def test_transposed_convolution_with_more_output_padding_than_stride_is_left_alo
 def test_channels_last():
     x = torch.rand(2, 4, 6, 6).to(memory_format=torch.channels_last)
     step_graph = narrowed_step(x, torch.rand(4, 4, 3, 3).to(memory_format=torch.channels_last), {"stride": 2})
-    check_rewritten(apply(DgradAsConvolution(), step_graph))
+    check_rewritten(apply(dgrad_as_convolution, step_graph))
 
 
 def hand_built(mask: list[bool], used: tuple[int, ...], size: int = 8, **options: Any) -> StepGraph:
@@ -107,7 +107,7 @@ def hand_built(mask: list[bool], used: tuple[int, ...], size: int = 8, **options
 
 
 def test_text_before_and_after():
-    applied = apply(DgradAsConvolution(), hand_built([True, False, False], (0,)))
+    applied = apply(dgrad_as_convolution, hand_built([True, False, False], (0,)))
     FileCheck().check("convolution_backward.default](args = (%gy, %x, %w, [4], [2, 2], [1, 1]").run(applied.before)
     FileCheck().check(
         "convolution.default](args = (%gy, %w, None, [2, 2], [1, 1], [1, 1], True, [1, 1], 1), kwargs = {})"
@@ -115,14 +115,14 @@ def test_text_before_and_after():
 
 
 def test_one_number_may_stand_for_all_dimensions():
-    applied = apply(DgradAsConvolution(), hand_built([True, False, False], (0,), stride=[2], padding=[1]))
+    applied = apply(dgrad_as_convolution, hand_built([True, False, False], (0,), stride=[2], padding=[1]))
     FileCheck().check("None, [2, 2], [1, 1], [1, 1], True, [1, 1], 1)").run(applied.after)
 
 
 @pytest.mark.parametrize("used", [(1,), (0, 1), (0, 2), (0, 1, 2)])
 def test_convolution_whose_weight_gradient_is_used_is_untouched(used: tuple[int, ...]):
     step_graph = hand_built([index in used for index in range(3)], used)
-    applied = apply(DgradAsConvolution(), step_graph)
+    applied = apply(dgrad_as_convolution, step_graph)
     assert not applied.changed
     assert applied.result.skipped == []
 
@@ -134,7 +134,7 @@ def test_output_padding_that_torch_does_not_allow_is_left_alone_and_reported():
     with placeholder.meta["val"].fake_mode:
         placeholder.meta["val"] = torch.empty(2, 3, 9, 9)
     before = str(step_graph.graph)
-    result = DgradAsConvolution().run(step_graph)
+    result = dgrad_as_convolution.run(step_graph)
     assert str(step_graph.graph) == before
     assert not result.changed
     assert "dimension 0 needs an output padding of 2" in result.skipped[0].reason
@@ -144,7 +144,7 @@ def test_operand_of_unknown_shape_is_left_alone_and_reported():
     step_graph = hand_built([True, False, False], (0,))
     (placeholder,) = (node for node in step_graph.inputs if node.name == "gy")
     del placeholder.meta["val"]
-    result = DgradAsConvolution().run(step_graph)
+    result = dgrad_as_convolution.run(step_graph)
     assert not result.changed
     assert "no known shape" in result.skipped[0].reason
 
@@ -167,7 +167,7 @@ def dynamic_step(stride: int) -> StepGraph:
 def test_symbolic_sizes_are_left_alone_and_reported():
     step_graph = dynamic_step(stride=2)
     before = str(step_graph.graph)
-    result = DgradAsConvolution().run(step_graph)
+    result = dgrad_as_convolution.run(step_graph)
     assert str(step_graph.graph) == before
     assert not result.changed
     assert "symbolic size" in result.skipped[0].reason
@@ -177,15 +177,15 @@ def test_symbolic_sizes_are_left_alone_and_reported():
 def test_symbolic_sizes_whose_padding_is_known_are_rewritten():
     """At stride 1 the output padding is zero whatever the size."""
     step_graph = dynamic_step(stride=1)
-    result = DgradAsConvolution().run(step_graph)
+    result = dgrad_as_convolution.run(step_graph)
     assert result.skipped == []
     FileCheck().check("True, [0, 0], 1)").run(str(step_graph.graph))
 
 
 def test_graph_without_a_convolution_is_untouched():
     b = Builder()
-    assert not apply(DgradAsConvolution(), b.build(b.call(aten.relu.default, b.input("x", 2)))).changed
+    assert not apply(dgrad_as_convolution, b.build(b.call(aten.relu.default, b.input("x", 2)))).changed
 
 
 def test_it_may_round_differently():
-    assert DgradAsConvolution().tier is Tier.REORDERS_FLOAT
+    assert dgrad_as_convolution.tier is Tier.REORDERS_FLOAT

@@ -14,10 +14,11 @@ from torch.testing import FileCheck
 
 import gradprune
 from gradprune.compiler import lower
+from gradprune.graph.captured_graph import CapturedGraph
 from gradprune.graph.editing import copy_graph
 from gradprune.passes import fold_batch_norm as module
-from gradprune.passes.base import Tier
-from gradprune.passes.fold_batch_norm import NAME, fold_batch_norm
+from gradprune.passes.base import PassResult, Tier
+from gradprune.passes.fold_batch_norm import FoldBatchNorm
 from gradprune.torch_compat import dynamo
 
 EXACT = 1e-12
@@ -58,6 +59,12 @@ class Folded:
         return [node for node in self.after.nodes if node.target in targets]
 
 
+def run(graph: fx.Graph) -> PassResult:
+    """What the pass does to a graph."""
+    weights = frozenset(node for node in graph.find_nodes(op="placeholder") if dynamo.is_module_state(node))
+    return FoldBatchNorm().run(CapturedGraph(graph, "step", weights))
+
+
 def fold(fn: Callable[..., Any], *args: Any) -> Folded:
     """Capture a function and fold. Folding says what it did, leaves a valid graph, and has nothing to do twice."""
     captured: list[tuple[fx.GraphModule, list[Any]]] = []
@@ -70,14 +77,14 @@ def fold(fn: Callable[..., Any], *args: Any) -> Folded:
     torch.compile(fn, backend=backend, fullgraph=True, dynamic=False)(*args)
     ((gm, inputs),) = captured
     before, expected = copy_graph(gm.graph), evaluate(gm, inputs)
-    result = fold_batch_norm(gm.graph, dynamo.is_module_state)
+    result = run(gm.graph)
     gm.graph.lint()
     folded = Folded(before, gm.graph, expected, evaluate(gm, inputs), [change.reason for change in result.narrowed])
     assert folded.actual.dtype == expected.dtype
     assert result.changed == folded.changed
     assert result.removed == result.hoisted == result.skipped == []
     text = str(gm.graph)
-    assert not fold_batch_norm(gm.graph, dynamo.is_module_state).changed
+    assert not run(gm.graph).changed
     assert str(gm.graph) == text
     return folded
 
@@ -562,7 +569,7 @@ def test_gradient_is_eager_s(name: str, make: Callable[..., Any], left_to_autogr
     (graph,) = left_to_autograd
     assert norms(graph) == 0
     report = gradprune.reports(step)[-1]
-    (record,) = (record for record in report.passes if record.name == NAME)
+    (record,) = (record for record in report.passes if record.name == FoldBatchNorm.name)
     assert record.tier is Tier.REORDERS_FLOAT
     assert len(record.result.narrowed) == sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
 
@@ -610,14 +617,14 @@ def test_gradient_in_autocast():
 
 @pytest.mark.parametrize(
     "options",
-    [{"fold_batch_norm": False}, {"disable": [NAME]}, {"exact_order": True}],
+    [{"fold_batch_norm": False}, {"disable": [FoldBatchNorm.name]}, {"exact_order": True}],
     ids=["fold_batch_norm=False", "disable", "exact_order"],
 )
 def test_options_leave_the_norm(options: dict[str, Any], left_to_autograd: list[fx.Graph]):
     model, arguments = problem()
     step = step_by_backward(model, F.cross_entropy)
     report = gradprune.explain(step, *arguments, strict=True, **options)
-    assert NAME not in [record.name for record in report.passes]
+    assert FoldBatchNorm.name not in [record.name for record in report.passes]
     (graph,) = left_to_autograd
     assert norms(graph) == 2
 
@@ -661,7 +668,7 @@ def test_failing_fold_is_undone_and_reported(
     assert "rsqrt" not in str(graph)
     report = gradprune.reports(step)[-1]
     assert report.fallback == "pass 'fold-batch-norm' failed: KeyError('boom')"
-    assert NAME not in [record.name for record in report.passes]
+    assert FoldBatchNorm.name not in [record.name for record in report.passes]
     (warning,) = (record for record in caplog.records if record.name.startswith("gradprune"))
     assert warning.levelno == logging.WARNING
     assert "folding failed: pass 'fold-batch-norm' failed: KeyError('boom')" in warning.getMessage()
@@ -682,12 +689,12 @@ def test_strict_raises(broken: None):
 
 
 def test_invalid_graph_is_a_failure(monkeypatch: pytest.MonkeyPatch, left_to_autograd: list[fx.Graph]):
-    def corrupts(graph: fx.Graph, is_weight: Any) -> Any:
-        layer = next(node for node in graph.nodes if node.target is torch.conv2d)
+    def corrupts(self: FoldBatchNorm, captured: CapturedGraph) -> Any:
+        layer = next(node for node in captured.graph.nodes if node.target is torch.conv2d)
         layer.args = (next(iter(layer.users)), *layer.args[1:])
-        return module.PassResult()
+        return PassResult()
 
-    monkeypatch.setattr(module, "fold_batch_norm", corrupts)
+    monkeypatch.setattr(FoldBatchNorm, "run", corrupts)
     model, arguments = problem()
     report = gradprune.explain(step_by_autograd_grad(model, F.cross_entropy), *arguments)
     assert "pass 'fold-batch-norm' failed" in (report.fallback or "")

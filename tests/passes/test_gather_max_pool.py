@@ -16,12 +16,12 @@ from torch.testing import FileCheck
 from gradprune.graph.regions import BACKWARD
 from gradprune.graph.step_graph import Form, StepGraph
 from gradprune.ops import max_pool_backward, realize
-from gradprune.passes.dgrad_as_convolution import DgradAsConvolution
+from gradprune.passes.dgrad_as_convolution import dgrad_as_convolution
 from gradprune.passes.early_masks import EarlyMasks
 from gradprune.passes.gather_max_pool import GatherMaxPool
 from gradprune.passes.narrow_outputs import NarrowOutputs
 from gradprune.passes.select_outputs import SelectOutputs
-from gradprune.passes.shape_only_operands import ShapeOnlyOperands
+from gradprune.passes.shape_only_operands import shape_only_operands
 
 prims = torch.ops.prims
 aten_backward = aten.max_pool2d_with_indices_backward.default
@@ -433,7 +433,7 @@ def step_of(model: nn.Module) -> Any:
 
 def with_passes(step_graph: StepGraph) -> StepGraph:
     """What a step graph is after the pass and its neighbours."""
-    for step in (SelectOutputs(), NarrowOutputs(), DgradAsConvolution(), ShapeOnlyOperands()):
+    for step in (SelectOutputs(), NarrowOutputs(), dgrad_as_convolution, shape_only_operands):
         step.run(step_graph)
     assert len(GatherMaxPool().run(step_graph).narrowed) == 2
     EarlyMasks().run(step_graph)

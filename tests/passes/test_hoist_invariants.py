@@ -15,6 +15,7 @@ from torch.testing import FileCheck
 
 import gradprune
 from gradprune.compiler.split import Split, split
+from gradprune.errors import PassError
 from gradprune.graph.invariance import hoisted_values
 from gradprune.graph.step_graph import InputRole, OutputRole, StepGraph, overload_name
 from gradprune.passes.base import PassResult, Tier
@@ -618,3 +619,12 @@ def test_returned_item_of_an_operator_with_several_results():
     with interpreted():
         actual = gradprune.compile(step, strict=True, verify=True)(torch.zeros(3))
     torch.testing.assert_close(actual, step(torch.zeros(3)))
+
+
+def test_a_value_that_is_no_weights_is_not_hoisted():
+    b = Builder()
+    x, w = b.input("x", 3), b.weight("w", 3)
+    value = b.call(aten.mul.Tensor, x, w)
+    step_graph = b.build(b.call(aten.neg.default, value))
+    with pytest.raises(PassError, match="a hoisted value depends on x, which is no weight"):
+        split(step_graph, {value.name})

@@ -22,7 +22,7 @@ from gradprune.ops import pack_convolution, packed_convolution, subpixel_weight
 from gradprune.ops.subpixel import subpixel
 from gradprune.passes import prepack_convolutions as module
 from gradprune.passes.base import PassResult, Tier
-from gradprune.passes.dgrad_as_convolution import DgradAsConvolution
+from gradprune.passes.dgrad_as_convolution import dgrad_as_convolution
 from gradprune.passes.hoist_invariants import HoistInvariants
 from gradprune.passes.pipeline import run_passes, select_passes
 from gradprune.passes.prepack_convolutions import PrepackConvolutions, is_computed_by_onednn
@@ -112,7 +112,7 @@ def input_gradient(g: Geometry, *, dtype: torch.dtype = torch.float32) -> StepGr
     mask = [True, False, False]
     backward = b.call(aten.convolution_backward.default, gy, x, w, None, *g.arguments, mask, backward=True)
     step_graph = b.build((b.item(backward, 0), OutputRole.INPUT_GRAD))
-    DgradAsConvolution().run(step_graph)
+    dgrad_as_convolution.run(step_graph)
     assert find(step_graph, aten.convolution.default)
     return step_graph
 

@@ -22,7 +22,7 @@ from gradprune.passes.base import PassResult, Tier
 from gradprune.passes.hoist_invariants import HoistInvariants
 from gradprune.passes.pipeline import run_passes, select_passes
 from gradprune.passes.prepack_convolutions import is_computed_by_onednn
-from gradprune.passes.prepack_linears import PrepackLinears
+from gradprune.passes.prepack_linears import prepack_linears
 from gradprune.passes.verify import Verifier
 
 TOLERANCE = 1e-5
@@ -82,8 +82,8 @@ def prepack(step_graph: StepGraph, tolerance: float = TOLERANCE) -> PassResult:
     """Run the pass; the graph stays valid and computes what it computed in float64, of one packed weight."""
     verifier, original = Verifier(step_graph), copied(step_graph)
     arguments = random_arguments(step_graph)
-    result = PrepackLinears().run(step_graph)
-    verifier.check(step_graph, after=PrepackLinears.name)
+    result = prepack_linears.run(step_graph)
+    verifier.check(step_graph, after=prepack_linears.name)
     (actual,) = evaluate(step_graph, arguments)
     (expected,) = evaluate(original, [argument.double() for argument in arguments])
     (value,) = original.output_values()
@@ -144,7 +144,7 @@ def test_rows_may_have_any_strides(asked: list[Question]):
 
 
 def test_text_before_and_after(asked: list[Question]):
-    applied = apply(PrepackLinears(), forward())
+    applied = apply(prepack_linears, forward())
     FileCheck().check("permute.default](args = (%w, [1, 0])").check("addmm.default](args = (%b, %x, %permute").run(
         applied.before
     )
@@ -159,7 +159,7 @@ def test_backward_marks_and_source_are_kept(asked: list[Question]):
     step_graph = input_gradient()
     (node,) = find(step_graph, aten.mm.default)
     node.meta["stack_trace"] = '  File "attack.py", line 7, in step'
-    result = PrepackLinears().run(step_graph)
+    result = prepack_linears.run(step_graph)
     assert result.narrowed[0].source == "attack.py:7"
     for node in step_graph.calls():
         assert node.meta.get("gradprune_backward"), node
@@ -169,7 +169,7 @@ def test_backward_marks_and_source_are_kept(asked: list[Question]):
 def test_flops_are_those_of_the_product(make: Callable[[], StepGraph], asked: list[Question]):
     step_graph = make()
     before = count_flops(step_graph)
-    PrepackLinears().run(step_graph)
+    prepack_linears.run(step_graph)
     assert count_flops(step_graph) == before
     assert sum(before.values()) == 2 * 4 * 6 * 5
 
@@ -180,7 +180,7 @@ def test_flops_are_those_of_the_product(make: Callable[[], StepGraph], asked: li
 @pytest.mark.parametrize("make", [forward, input_gradient])
 def test_what_is_not_faster_is_left_alone(make: Callable[[], StepGraph], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(module, "is_packed_faster", lambda *question: False)
-    applied = apply(PrepackLinears(), make())
+    applied = apply(prepack_linears, make())
     assert not applied.changed
     assert applied.result == PassResult()
 
@@ -190,7 +190,7 @@ def test_each_product_is_decided_on_its_own(monkeypatch: pytest.MonkeyPatch):
     b = Builder()
     x, w, v = b.input("x", 4, 6), b.weight("w", 6, 5), b.weight("v", 5, 7)
     step_graph = b.build(b.call(aten.mm.default, b.call(aten.mm.default, x, w), v))
-    assert len(apply(PrepackLinears(), step_graph).result.narrowed) == 1
+    assert len(apply(prepack_linears, step_graph).result.narrowed) == 1
     (node,) = find(step_graph, aten.mm.default)
     assert node.args[1] is w
 
@@ -232,7 +232,7 @@ def test_questions_differ_by_all_that_is_asked(monkeypatch: pytest.MonkeyPatch):
 
 
 def left_alone(step_graph: StepGraph, asked: list[Question]) -> None:
-    applied = apply(PrepackLinears(), step_graph)
+    applied = apply(prepack_linears, step_graph)
     assert not applied.changed
     assert applied.result == PassResult()
     assert asked == []  # nothing is measured for it either
@@ -311,7 +311,7 @@ def test_weight_that_the_step_writes_is_left_alone(asked: list[Question]):
 def test_other_devices_are_left_alone(asked: list[Question]):
     b = Builder(device="meta")
     step_graph = b.build(b.call(aten.mm.default, b.input("x", 4, 6), b.weight("w", 6, 5)))
-    assert not PrepackLinears().run(step_graph).changed
+    assert not prepack_linears.run(step_graph).changed
     assert asked == []
 
 
@@ -321,18 +321,18 @@ def test_operands_of_another_type_are_left_alone(name: str, asked: list[Question
     operand = next(node for node in step_graph.inputs if node.name == name)
     for node in [operand, *(user for user in operand.users if user.target is aten.permute.default)]:
         node.meta["val"] = node.meta["val"].to(torch.bfloat16)
-    assert not PrepackLinears().run(step_graph).changed
+    assert not prepack_linears.run(step_graph).changed
     assert asked == []
 
 
 def test_it_may_round_differently():
-    assert PrepackLinears().tier is Tier.REORDERS_FLOAT
+    assert prepack_linears.tier is Tier.REORDERS_FLOAT
 
 
 def test_it_needs_hoisting():
     names = [step.name for step in select_passes(["hoist-invariants"])]
-    assert PrepackLinears.name not in names
-    assert PrepackLinears.name in [step.name for step in select_passes(["prepack-convolutions"])]
+    assert prepack_linears.name not in names
+    assert prepack_linears.name in [step.name for step in select_passes(["prepack-convolutions"])]
 
 
 # --- Steps ------------------------------------------------------------------------------------------------------------
@@ -356,7 +356,7 @@ def test_every_product_of_a_step_is_packed(shape: tuple[int, ...], expected: int
     """More dimensions are rows to a product. Of one row, torch makes sums of the products with a bias beforehand."""
     step_graph = captured(step_of(perceptron()), torch.rand(shape))
     products = len(find(step_graph, aten.mm.default)) + len(find(step_graph, aten.addmm.default))
-    applied = apply(PrepackLinears(), step_graph)
+    applied = apply(prepack_linears, step_graph)
     assert len(applied.result.narrowed) == products == expected
     FileCheck().check_not("aten.mm").check_not("aten.addmm").run(applied.after)
     apply(HoistInvariants(), step_graph)

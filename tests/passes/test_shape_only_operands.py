@@ -11,7 +11,8 @@ from pass_testing import Builder, apply, aten, captured, copied, evaluate, find,
 from torch.testing import FileCheck
 
 from gradprune.graph.step_graph import StepGraph
-from gradprune.passes.shape_only_operands import SHAPE_ONLY_OPERANDS, ShapeOnlyOperands
+from gradprune.passes.rules import SHAPE_ONLY
+from gradprune.passes.shape_only_operands import shape_only_operands
 
 Operands = tuple[Any, ...]
 
@@ -52,31 +53,31 @@ def _pad(rank: int) -> Iterator[Operands]:
 
 
 CASES: dict[str, Callable[[], Iterator[Operands]]] = {
-    "aten::_adaptive_avg_pool2d_backward": lambda: _adaptive_pool(2),
-    "aten::_adaptive_avg_pool3d_backward": lambda: _adaptive_pool(3),
-    "aten::adaptive_max_pool2d_backward": lambda: _adaptive_max_pool(2),
-    "aten::adaptive_max_pool3d_backward": lambda: _adaptive_max_pool(3),
-    "aten::avg_pool2d_backward": lambda: _pool(2),
-    "aten::avg_pool3d_backward": lambda: _pool(3),
-    "aten::max_pool2d_with_indices_backward": lambda: _max_pool(2),
-    "aten::max_pool3d_with_indices_backward": lambda: _max_pool(3),
-    "aten::reflection_pad1d_backward": lambda: _pad(1),
-    "aten::reflection_pad2d_backward": lambda: _pad(2),
-    "aten::reflection_pad3d_backward": lambda: _pad(3),
-    "aten::replication_pad1d_backward": lambda: _pad(1),
-    "aten::replication_pad2d_backward": lambda: _pad(2),
-    "aten::replication_pad3d_backward": lambda: _pad(3),
+    "aten._adaptive_avg_pool2d_backward.default": lambda: _adaptive_pool(2),
+    "aten._adaptive_avg_pool3d_backward.default": lambda: _adaptive_pool(3),
+    "aten.adaptive_max_pool2d_backward.default": lambda: _adaptive_max_pool(2),
+    "aten.adaptive_max_pool3d_backward.default": lambda: _adaptive_max_pool(3),
+    "aten.avg_pool2d_backward.default": lambda: _pool(2),
+    "aten.avg_pool3d_backward.default": lambda: _pool(3),
+    "aten.max_pool2d_with_indices_backward.default": lambda: _max_pool(2),
+    "aten.max_pool3d_with_indices_backward.default": lambda: _max_pool(3),
+    "aten.reflection_pad1d_backward.default": lambda: _pad(1),
+    "aten.reflection_pad2d_backward.default": lambda: _pad(2),
+    "aten.reflection_pad3d_backward.default": lambda: _pad(3),
+    "aten.replication_pad1d_backward.default": lambda: _pad(1),
+    "aten.replication_pad2d_backward.default": lambda: _pad(2),
+    "aten.replication_pad3d_backward.default": lambda: _pad(3),
 }
 
 FORMATS = {"contiguous": {}, "channels last": {4: torch.channels_last, 5: torch.channels_last_3d}}
 
 
-def operator_of(schema_name: str) -> torch._ops.OpOverload:
-    return getattr(aten, schema_name.removeprefix("aten::")).default
+def operator_of(name: str) -> torch._ops.OpOverload:
+    return getattr(aten, name.split(".")[1]).default
 
 
 def test_every_operator_has_a_case():
-    assert CASES.keys() == SHAPE_ONLY_OPERANDS.keys()
+    assert CASES.keys() == SHAPE_ONLY.keys()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
@@ -84,7 +85,7 @@ def test_every_operator_has_a_case():
 @pytest.mark.parametrize("name", sorted(CASES))
 def test_no_element_of_the_operand_is_read(name: str, memory_format: str, dtype: torch.dtype):
     torch.manual_seed(0)
-    target, position = operator_of(name), SHAPE_ONLY_OPERANDS[name]
+    target, position = operator_of(name), SHAPE_ONLY[name]
     if dtype is torch.bfloat16 and not _runs_in(target, next(CASES[name]()), dtype):
         pytest.skip("the operator has no bfloat16 kernel on this device")
     for operands in CASES[name]():
@@ -121,7 +122,7 @@ def average_pool() -> StepGraph:
 
 
 def test_text_before_and_after():
-    applied = apply(ShapeOnlyOperands(), average_pool())
+    applied = apply(shape_only_operands, average_pool())
     FileCheck().check("avg_pool2d_backward.default](args = (%avg_pool2d_default, %relu_default,").run(applied.before)
     after = FileCheck().check("full.default](args = ([1, 1, 1, 1], 0)")
     after.check("expand.default]").check_same("[2, 3, 8, 8]")
@@ -135,7 +136,7 @@ def test_operand_that_nothing_else_needs_goes():
     saved = b.call(aten.relu.default, b.input("x", 2, 3, 8, 8))
     options = ([2, 2], [], [0, 0], False, True, None)
     step_graph = b.build(b.call(aten.avg_pool2d_backward.default, b.input("gy", 2, 3, 4, 4), saved, *options))
-    applied = apply(ShapeOnlyOperands(), step_graph)
+    applied = apply(shape_only_operands, step_graph)
     FileCheck().check_not("relu").run(applied.after)
     assert [change.operator for change in applied.result.removed] == ["aten.relu"]
 
@@ -143,7 +144,7 @@ def test_operand_that_nothing_else_needs_goes():
 def test_graph_it_does_not_apply_to_is_untouched():
     b = Builder()
     gy, x = b.input("gy", 2, 3), b.input("x", 2, 3)
-    assert not apply(ShapeOnlyOperands(), b.build(b.call(aten.threshold_backward.default, gy, x, 0))).changed
+    assert not apply(shape_only_operands, b.build(b.call(aten.threshold_backward.default, gy, x, 0))).changed
 
 
 POOLS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -162,8 +163,8 @@ def test_captured_step(pool: str):
         return torch.autograd.grad(POOLS[pool](x.tanh()).square().sum(), x)[0]
 
     step_graph = captured(step, torch.rand(2, 2, 8, 8, 8)[:, :, :, :, : 8 if pool == "volume" else 1].squeeze(-1))
-    applied = apply(ShapeOnlyOperands(), step_graph)
-    operators = {operator_of(name) for name in SHAPE_ONLY_OPERANDS}
+    applied = apply(shape_only_operands, step_graph)
+    operators = {operator_of(name) for name in SHAPE_ONLY}
     backward = [node for node in step_graph.calls() if node.target in operators]
     # Some of them Inductor takes apart before the passes see the graph; then there is nothing to do.
     assert applied.changed == bool(backward)
@@ -179,7 +180,7 @@ def test_symbolic_shape_is_left_alone_and_reported():
     torch._dynamo.mark_dynamic(x, 0)
     step_graph = captured(step, x)
     before = str(step_graph.graph)
-    result = ShapeOnlyOperands().run(step_graph)
+    result = shape_only_operands.run(step_graph)
     assert str(step_graph.graph) == before
     assert not result.changed
     (skipped,) = result.skipped
@@ -193,7 +194,7 @@ def test_dtype_of_the_operand_is_kept():
         if node.op != "output":
             node.meta["val"] = node.meta["val"].to(torch.float64)
     original = copied(step_graph)
-    ShapeOnlyOperands().run(step_graph)
+    shape_only_operands.run(step_graph)
     (scalar,) = find(step_graph, aten.full.default)
     assert scalar.kwargs["dtype"] is torch.float64
     arguments = random_arguments(original)

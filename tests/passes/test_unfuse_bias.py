@@ -19,7 +19,7 @@ from gradprune.graph.cost import count_flops
 from gradprune.graph.step_graph import InputRole, StepGraph
 from gradprune.ops import mm
 from gradprune.passes.base import PassResult, Tier
-from gradprune.passes.unfuse_bias import UnfuseBias
+from gradprune.passes.unfuse_bias import unfuse_bias
 from gradprune.passes.verify import Verifier
 
 
@@ -40,14 +40,14 @@ def linear(
 
 
 def check_left(step_graph: StepGraph) -> None:
-    applied = apply(UnfuseBias(), step_graph)
+    applied = apply(unfuse_bias, step_graph)
     assert not applied.changed
     assert applied.result == PassResult()
     FileCheck().check("aten.addmm").run(applied.after)
 
 
 def test_text_before_and_after():
-    applied = apply(UnfuseBias(), linear())
+    applied = apply(unfuse_bias, linear())
     FileCheck().check("addmm.default](args = (%b, %x, %permute_default)").run(applied.before)
     after = FileCheck().check("gradprune.mm.default](args = (%x, %permute_default)")
     after.check("add.Tensor](args = (%mm_default, %b)").check("return (add_tensor,)").run(applied.after)
@@ -66,8 +66,8 @@ def test_it_is_the_product_plus_the_bias(bias: tuple[int, ...], rows: int, dtype
     x, w, shift = arguments = random_arguments(step_graph)
     (fused,) = evaluate(copied(step_graph), arguments)
     verifier = Verifier(step_graph)
-    assert UnfuseBias().run(step_graph).changed
-    verifier.check(step_graph, after=UnfuseBias.name)
+    assert unfuse_bias.run(step_graph).changed
+    verifier.check(step_graph, after=unfuse_bias.name)
     (actual,) = evaluate(step_graph, arguments)
     assert torch.equal(actual, torch.mm(x, w.t()) + shift)
     assert relative_error(actual, fused) < 4 * torch.finfo(dtype).eps
@@ -82,7 +82,7 @@ def test_product_is_no_operator_that_inductor_knows():
 
 @pytest.mark.parametrize("form", ["step", "model"])
 def test_both_forms(form: Any):
-    applied = apply(UnfuseBias(), dataclasses.replace(linear(), form=form))
+    applied = apply(unfuse_bias, dataclasses.replace(linear(), form=form))
     assert applied.changed
 
 
@@ -96,7 +96,7 @@ def test_half_precision_is_left(dtype: torch.dtype):
     """The product would be rounded before the bias is added, and the sum again."""
     step_graph = linear(dtype=dtype)
     before = str(step_graph.graph)
-    assert not UnfuseBias().run(step_graph).changed
+    assert not unfuse_bias.run(step_graph).changed
     assert str(step_graph.graph) == before
 
 
@@ -109,7 +109,7 @@ def test_other_devices_are_left():
     """A GPU's BLAS adds the bias for nothing."""
     b = Builder(device="meta")
     x, w, shift = b.input("x", 4, 6), b.weight("w", 6, 5), b.weight("b", 5)
-    assert not UnfuseBias().run(b.build(b.call(aten.addmm.default, shift, x, w))).changed
+    assert not unfuse_bias.run(b.build(b.call(aten.addmm.default, shift, x, w))).changed
 
 
 def test_products_without_a_bias_are_left():
@@ -117,14 +117,14 @@ def test_products_without_a_bias_are_left():
     x, w = b.input("x", 4, 6), b.weight("w", 6, 5)
     y = b.call(aten.mm.default, x, w)
     total = b.call(aten.add.Tensor, y, b.weight("b", 5))
-    assert not apply(UnfuseBias(), b.build(total)).changed
+    assert not apply(unfuse_bias, b.build(total)).changed
 
 
 def test_bias_and_operands_may_be_anything():
     """Nothing is hoisted, so nothing has to be a weight."""
     b = Builder()
     x, z, shift = b.input("x", 4, 6), b.input("z", 6, 5), b.input("shift", 5)
-    assert apply(UnfuseBias(), b.build(b.call(aten.addmm.default, shift, x, z))).changed
+    assert apply(unfuse_bias, b.build(b.call(aten.addmm.default, shift, x, z))).changed
 
 
 def test_every_layer_is_unfused():
@@ -137,7 +137,7 @@ def test_every_layer_is_unfused():
     step_graph = captured(step, torch.rand(4, 6))
     assert len(find(step_graph, aten.addmm.default)) == 3
     gradients = len(find(step_graph, aten.mm.default))
-    applied = apply(UnfuseBias(), step_graph)
+    applied = apply(unfuse_bias, step_graph)
     assert len(applied.result.narrowed) == len(find(step_graph, mm)) == 3
     assert len(find(step_graph, aten.mm.default)) == gradients
     assert not find(step_graph, aten.addmm.default)
@@ -147,7 +147,7 @@ def test_source_and_pass_are_kept():
     step_graph = linear()
     (node,) = find(step_graph, aten.addmm.default)
     node.meta.update({"stack_trace": '  File "attack.py", line 7, in step', "gradprune_backward": True})
-    result = UnfuseBias().run(step_graph)
+    result = unfuse_bias.run(step_graph)
     assert result.narrowed[0].source == "attack.py:7"
     for target in (mm, aten.add.Tensor):
         (node,) = find(step_graph, target)
@@ -158,13 +158,13 @@ def test_source_and_pass_are_kept():
 def test_flops_are_those_of_the_product():
     step_graph = linear()
     before = count_flops(step_graph)
-    UnfuseBias().run(step_graph)
+    unfuse_bias.run(step_graph)
     assert count_flops(step_graph) == before
     assert before["forward"] == 2 * 4 * 6 * 5
 
 
 def test_it_may_round_differently():
-    assert UnfuseBias().tier is Tier.REORDERS_FLOAT
+    assert unfuse_bias.tier is Tier.REORDERS_FLOAT
 
 
 # --- Through Inductor -------------------------------------------------------------------------------------------------
@@ -185,7 +185,7 @@ def test_generated_code(disabled: bool):
     """Inductor turns a product and a sum into ``addmm`` where it finds them."""
     model = perceptron()
     reference = step_by_autograd_grad(copy.deepcopy(model).double(), F.cross_entropy)
-    left_out = ["prepack-linears", *([UnfuseBias.name] if disabled else [])]
+    left_out = ["prepack-linears", *([unfuse_bias.name] if disabled else [])]
     step = gradprune.compile(step_by_backward(model, F.cross_entropy), strict=True, verify=True, disable=left_out)
     x, y = torch.rand(4, 6), torch.tensor([0, 1, 2, 3])
     x_adv = x + EPS * torch.rand_like(x)

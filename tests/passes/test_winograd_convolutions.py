@@ -12,11 +12,11 @@ from torch.nn import functional as F
 import gradprune
 from gradprune.graph.cost import count_flops
 from gradprune.ops import winograd
-from gradprune.passes import winograd_convolutions
-from gradprune.passes.dgrad_as_convolution import DgradAsConvolution
+from gradprune.passes import winograd_convolutions as module
+from gradprune.passes.dgrad_as_convolution import dgrad_as_convolution
 from gradprune.passes.narrow_outputs import NarrowOutputs
 from gradprune.passes.select_outputs import SelectOutputs
-from gradprune.passes.winograd_convolutions import WinogradConvolutions
+from gradprune.passes.winograd_convolutions import winograd_convolutions
 
 aten = torch.ops.aten
 
@@ -26,7 +26,7 @@ needs_kernel = pytest.mark.skipif(not winograd.is_available(), reason="no compil
 @pytest.fixture(autouse=True)
 def always_worth_it(monkeypatch: pytest.MonkeyPatch):
     """What is faster is decided on the machine at hand; tests must not depend on it."""
-    monkeypatch.setattr(winograd_convolutions, "_is_worth_it", lambda convolution: True)
+    monkeypatch.setattr(module, "_is_worth_it", lambda convolution: True)
 
 
 def channels_last(*size: int) -> torch.Tensor:
@@ -130,7 +130,7 @@ def test_without_a_blas_the_pass_does_nothing(monkeypatch):
     winograd.is_available.cache_clear()
     try:
         step_graph = pruned(nn.Sequential(nn.Conv2d(16, 16, 3), nn.Conv2d(16, 16, 3)))
-        assert not WinogradConvolutions().run(step_graph).changed
+        assert not winograd_convolutions.run(step_graph).changed
     finally:
         winograd.is_available.cache_clear()
 
@@ -148,7 +148,7 @@ def pruned(model: nn.Module, size: int = 9, dtype: torch.dtype = torch.float32):
         return torch.autograd.grad(model(x).square().sum(), x)[0]
 
     step_graph = captured(step, torch.randn(2, first.in_channels, size, size, dtype=dtype))
-    for rewrite in (SelectOutputs(), NarrowOutputs(), DgradAsConvolution()):
+    for rewrite in (SelectOutputs(), NarrowOutputs(), dgrad_as_convolution):
         rewrite.run(step_graph)
     return step_graph
 
@@ -158,7 +158,7 @@ def pruned(model: nn.Module, size: int = 9, dtype: torch.dtype = torch.float32):
 def test_forward_and_input_gradient_are_replaced(padding):
     step_graph = pruned(nn.Conv2d(16, 32, 3, padding=padding))
     before = count_flops(step_graph)
-    result = WinogradConvolutions().run(step_graph)
+    result = winograd_convolutions.run(step_graph)
     assert len(result.narrowed) == 2
     paddings = [node.args[3] for node in find(step_graph, winograd.winograd_convolution)]
     assert paddings == [[padding] * 2, [2 - padding] * 2]
@@ -181,24 +181,24 @@ def test_forward_and_input_gradient_are_replaced(padding):
     ids=str,
 )
 def test_other_convolutions_are_left(layer):
-    assert not WinogradConvolutions().run(pruned(layer)).changed
+    assert not winograd_convolutions.run(pruned(layer)).changed
 
 
 @needs_kernel
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_other_types_are_left(dtype):
-    assert not WinogradConvolutions().run(pruned(nn.Conv2d(16, 16, 3), dtype=dtype)).changed
+    assert not winograd_convolutions.run(pruned(nn.Conv2d(16, 16, 3), dtype=dtype)).changed
 
 
 @needs_kernel
 def test_a_padding_of_more_than_two_is_left_to_a_direct_convolution():
     step_graph = pruned(nn.Conv2d(16, 16, 3, padding=3))
-    assert not WinogradConvolutions().run(step_graph).changed
+    assert not winograd_convolutions.run(step_graph).changed
 
 
 def test_what_is_not_faster_is_left(monkeypatch):
-    monkeypatch.setattr(winograd_convolutions, "_is_worth_it", lambda convolution: False)
-    assert not WinogradConvolutions().run(pruned(nn.Conv2d(16, 16, 3))).changed
+    monkeypatch.setattr(module, "_is_worth_it", lambda convolution: False)
+    assert not winograd_convolutions.run(pruned(nn.Conv2d(16, 16, 3))).changed
 
 
 @needs_kernel
