@@ -38,24 +38,12 @@ class PruningPass(inductor.CustomGraphPass):
         if graph.output_node().meta.get("desc") is None:
             return  # the body of a loop, a branch or the like inside the graph
         compilation.was_traced = True
-        pruned: list[tuple[StepGraph, set[str]]] = []
-
-        def prune() -> None:
-            pruned.append(self._prune(graph))
-
-        if not compilation.attempt(Fallback.PASSES, graph, prune, "the passes failed"):
+        if not compilation.attempt(Fallback.PASSES, graph, lambda: self._prune(graph), "pruning failed"):
+            compilation.parts = None
             _drop_weight_gradients(graph, capture)
-            return
-        ((step_graph, hoisted),) = pruned
-        compilation.tell("pruned", step_graph)
-        if hoisted and capture.form == "step":
-            # What is only looked at stays whole.
-            parts = split(step_graph if compilation.run_prologue else step_graph.copy(), hoisted)
-            compilation.tell("split", parts)
-            compilation.parts = parts if compilation.run_prologue else None
 
-    def _prune(self, graph: fx.Graph) -> tuple[StepGraph, set[str]]:
-        """Run the passes; returns the graph and the names of the nodes to hoist."""
+    def _prune(self, graph: fx.Graph) -> None:
+        """Run the passes, then divide a step at the values that they hoist."""
         compilation, options = self.compilation, self.compilation.options
         step_graph = build_step_graph(graph, compilation.capture)
         compilation.tell("traced", step_graph)
@@ -64,7 +52,13 @@ class PruningPass(inductor.CustomGraphPass):
             compilation.tell("passed", record, graph, step_graph)
 
         records = run_passes(step_graph, compilation.passes, verify=options.verify, observe=observe)
-        return step_graph, {change.node for record in records for change in record.result.hoisted}
+        compilation.tell("pruned", step_graph)
+        hoisted = {change.node for record in records for change in record.result.hoisted}
+        if hoisted:
+            # What is only looked at stays whole.
+            parts = split(step_graph if compilation.run_prologue else step_graph.copy(), hoisted)
+            compilation.tell("split", parts)
+            compilation.parts = parts if compilation.run_prologue else None
 
     def uuid(self) -> bytes | None:
         """Identity of the passes for Inductor's cache: their source, the options, the roles of this graph."""

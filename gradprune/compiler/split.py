@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
-from gradprune.graph.step_graph import StepGraph
+from gradprune.errors import PassError
+from gradprune.graph.step_graph import InputRole, StepGraph
 
 
 @dataclass
@@ -36,6 +37,9 @@ def split(step_graph: StepGraph, names: Collection[str]) -> Split:
     Args:
         step_graph: The graph after all passes. What remains of it is the step.
         names: Names of the nodes that compute the hoisted values.
+
+    Raises:
+        PassError: A value to hoist depends on something else than weights.
     """
     graph = step_graph.graph
     hoisted = [node for node in graph.nodes if node.name in names]
@@ -50,6 +54,9 @@ def split(step_graph: StepGraph, names: Collection[str]) -> Split:
     prologue.output(tuple(copies[node] for node in hoisted))
     prologue.lint()
     prologue_inputs = [index for index, node in enumerate(placeholders) if node in needed]
+    others = [node.name for node in placeholders if node in needed and step_graph.inputs[node] is not InputRole.WEIGHT]
+    if others:
+        raise PassError(f"a hoisted value depends on {', '.join(others)}, which is no weight")
 
     last, taken = placeholders[-1], set[fx.Node]()
     for node in hoisted:
