@@ -109,3 +109,15 @@ def norm_in_float64(delta: Tensor, norm: str) -> Tensor:
     """Norms ``(N,)`` of perturbations, by plain formulas."""
     flat = delta.double().flatten(1)
     return {"linf": flat.abs().amax(1), "l2": flat.square().sum(1).sqrt(), "l1": flat.abs().sum(1)}[norm]
+
+
+def assert_close_for_most(actual: Tensor, expected: Tensor, *, atol: float, share: float = 0.95) -> None:
+    """Most samples are where they should be, within ``atol`` and, for losses, relative to them.
+
+    An iteration that takes signs, maxima and comparisons amplifies rounding, which differs from processor to processor:
+    where a value is as good as zero, a run may go another way from there on.
+    """
+    assert actual.shape == expected.shape
+    scale = expected.abs().clamp_min(1)
+    close = ((actual - expected).abs() <= atol * scale).reshape(len(actual), -1).all(1)
+    assert close.double().mean() >= share, f"{int(close.sum())} of {len(close)} samples agree"

@@ -1,4 +1,4 @@
-"""Digits, and networks trained on them in three ways, shared by all tests of a worker."""
+"""Digits, and networks that were trained on them in three ways, shared by all tests of a worker."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from digit_networks import DigitNetworks, train_networks
+from digit_networks import DigitNetworks, load_networks
 
 from gradprune.workloads.digits import Digits, load_digits
 
@@ -18,9 +18,9 @@ def digits() -> Digits:
 
 
 @pytest.fixture(scope="session")
-def networks(digits: Digits) -> DigitNetworks:
+def networks() -> DigitNetworks:
     """A plain, an FGSM-trained and a PGD-trained network. No test may change them."""
-    return train_networks(digits)
+    return load_networks()
 
 
 @pytest.fixture

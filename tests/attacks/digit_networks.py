@@ -1,17 +1,23 @@
-"""Small networks for digits, trained in seconds: plainly, on FGSM and on PGD examples."""
+"""Small networks for digits, trained plainly, on FGSM and on PGD examples; their weights are in a file.
+
+Trained on the spot they would be other networks on every processor. ``python tests/attacks/digit_networks.py`` trains
+them anew and writes the file.
+"""
 
 from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
 from attack_testing import EAGER, labels_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gradprune.attacks import FGSM, PGD, Attack
-from gradprune.workloads.digits import Digits
+from gradprune.workloads.digits import Digits, load_digits
 
 TRAINING_EPS = 0.15
 EPOCHS = 10
@@ -42,13 +48,36 @@ def network() -> nn.Sequential:
     )
 
 
-def train_networks(digits: Digits) -> DigitNetworks:
-    """Train all three, each from the same initial weights."""
-    return DigitNetworks(
-        _train(digits, None),
-        _train(digits, FGSM(eps=TRAINING_EPS, seed=0)),
-        _train(digits, PGD(eps=TRAINING_EPS, step_size=TRAINING_EPS / 2, steps=2, seed=0)),
-    )
+FILE = Path(__file__).with_suffix(".npz")
+TRAININGS: dict[str, Attack | None] = {
+    "plain": None,
+    "fgsm": FGSM(eps=TRAINING_EPS, seed=0),
+    "pgd": PGD(eps=TRAINING_EPS, step_size=TRAINING_EPS / 2, steps=2, seed=0),
+}
+
+
+def load_networks() -> DigitNetworks:
+    """All three, with the weights in the file."""
+    with np.load(FILE) as weights:
+        found = []
+        for training in TRAININGS:
+            model = network()
+            names = model.state_dict()
+            model.load_state_dict({name: torch.tensor(weights[f"{training}.{name}"]).float() for name in names})
+            found.append(model.eval())
+    return DigitNetworks(*found)
+
+
+def write_networks() -> None:
+    """Train all three, each from the same initial weights, and write their weights in half precision."""
+    digits = load_digits()
+    states = {name: _train(digits, attack).state_dict() for name, attack in TRAININGS.items()}
+    weights = {
+        f"{training}.{name}": value.half().numpy()
+        for training, state in states.items()
+        for name, value in state.items()
+    }
+    np.savez_compressed(FILE, **weights)
 
 
 def _train(digits: Digits, attack: Attack | None) -> nn.Module:
@@ -74,3 +103,7 @@ def classified(model: nn.Module, digits: Digits, count: int, dtype: torch.dtype)
     x, y = digits.test_x.to(dtype), digits.test_y
     rows = (labels_of(model, x) == y).nonzero().squeeze(1)[:count]
     return x[rows], y[rows]
+
+
+if __name__ == "__main__":
+    write_networks()
