@@ -6,18 +6,18 @@ import torch
 
 from gradprune.errors import UnsupportedTorchError
 
-OLDEST, BEYOND = (2, 11), (2, 15)
+OLDEST, BEYOND = (2, 11), (2, 16)
 
 
 def check_version(version: str = torch.__version__) -> None:
     """Raise unless ``version`` of torch is supported.
 
     Raises:
-        UnsupportedTorchError: It is older than 2.11, or 2.15 or newer.
+        UnsupportedTorchError: It is older than 2.11, or 2.16 or newer.
     """
     major, minor = (int(part) for part in version.split(".")[:2])
     if not OLDEST <= (major, minor) < BEYOND:
         raise UnsupportedTorchError(
-            f"gradprune supports torch >= 2.11, < 2.15, but torch {version} is installed: "
-            'pip install "torch>=2.11,<2.15", or look for a newer gradprune'
+            f"gradprune supports torch >= 2.11, < 2.16, but torch {version} is installed: "
+            'pip install "torch>=2.11,<2.16", or look for a newer gradprune'
         )

@@ -313,6 +313,21 @@ def fsdp_counted() -> Any:
     return {**counts, "equal": equal, "modes": modes, "averaged": averaged, "buffers": list(one.model.buffers())}
 
 
+def states_of(one: AdversarialTrainer) -> list[dict[str, Any]]:
+    model, averages = one.model, one.averages
+    return [
+        parallel.model_state(model),
+        parallel.optimizer_state(one.optimizer),
+        parallel.averages_state(model, averages),
+    ]
+
+
+def load_states(one: AdversarialTrainer, model: dict, optimizer: dict, averages: dict) -> None:
+    parallel.load_model_state(one.model, model)
+    parallel.load_optimizer_state(one.optimizer, optimizer)
+    parallel.load_averages_state(one.model, one.averages, averages)
+
+
 @check
 def checkpoints() -> Any:
     """States saved after three batches by one engine, and loaded by all, which train for two more."""
@@ -324,13 +339,13 @@ def checkpoints() -> Any:
     for source, make in engines.items():
         one = make()
         train(one, 3)
-        states = [state(one) for state in (parallel.model_state, parallel.optimizer_state, parallel.averages_state)]
+        states = states_of(one)
         empty = states == [{}, {}, {}]
         states = parallel.share(copy.deepcopy(states))
         results[source, "further"] = train(one, 2)
         for target, make_other in engines.items():
             other = make_other()
-            parallel.load_states(other, *copy.deepcopy(states))  # of which the optimizer keeps tensors
+            load_states(other, *copy.deepcopy(states))  # of which the optimizer keeps tensors
             other.updates = 3
             results[source, target] = train(other, 2)
         results[source, "empty"] = empty

@@ -220,8 +220,9 @@ def test_one_process_never_communicates(monkeypatch: pytest.MonkeyPatch) -> None
     one, other = make(network(), ema=0.5), make(network(), ema=0.5)
     for _ in range(2):
         one.step(torch.rand(4, 1, 2, 2), torch.arange(4) % 3)
-    states = parallel.model_state(one), parallel.optimizer_state(one), parallel.averages_state(one)
-    parallel.load_states(other, *states)
+    parallel.load_model_state(other.model, parallel.model_state(one.model))
+    parallel.load_optimizer_state(other.optimizer, parallel.optimizer_state(one.optimizer))
+    parallel.load_averages_state(other.model, other.averages, parallel.averages_state(one.model, one.averages))
     assert_same(list(other.model.state_dict().values()), list(one.model.state_dict().values()))
     assert_same(other.averages, one.averages)
     parallel.barrier()
