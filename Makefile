@@ -2,14 +2,39 @@
 PYTHON ?= python3
 JOBS ?= 2
 BIN := .venv/bin
+PYTEST := -m pytest -n $(JOBS) --dist worksteal
+# What a change of one pass can break, without a kernel being compiled.
+QUICK := tests/passes tests/graph tests/torch_compat tests/compiler/test_failing_passes.py tests/packaging/test_imports.py
+# What depends on which instructions a processor has.
+NUMERIC := tests/passes tests/attacks tests/numerics tests/property tests/ops
+TORCH_VERSIONS ?= 2.11.0 2.13.0 2.14.0 2.15.0
 
-.PHONY: demo test lint clean
+.PHONY: demo test quick portability versions lint clean
 
 demo: .venv/installed  ## Attack a ResNet-50 and a small CNN four ways, print the tables, write the picture.
 	$(BIN)/gradprune demo
 
 test: .venv/installed  ## The whole test suite.
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+	$(BIN)/python $(PYTEST) --durations 10
+
+quick: .venv/installed  ## What a change of one pass needs.
+	$(BIN)/python $(PYTEST) -m "not inductor" $(QUICK)
+
+portability: .venv/installed  ## Numbers on older processors: with the instructions of SSE4, AVX2 and AVX-512.
+	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2 $(BIN)/python $(PYTEST) $(NUMERIC)
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 $(BIN)/python $(PYTEST) $(NUMERIC)
+	if grep -q avx512f /proc/cpuinfo; then ATEN_CPU_CAPABILITY=avx512 ONEDNN_MAX_CPU_ISA=AVX512_CORE \
+	  MKL_ENABLE_INSTRUCTIONS=AVX512 $(BIN)/python $(PYTEST) $(NUMERIC); fi
+
+versions: $(TORCH_VERSIONS:%=.venvs/%/checked)  ## The probe and the quick tests with every supported torch; downloads 3 GB for each.
+
+.venvs/%/checked: pyproject.toml $(shell find gradprune passes tests -name '*.py')
+	$(PYTHON) -m venv .venvs/$*
+	.venvs/$*/bin/pip install --quiet "torch==$*" numpy scikit-learn tqdm pytest pytest-xdist hypothesis
+	.venvs/$*/bin/pip install --quiet --no-deps --editable .
+	.venvs/$*/bin/python -m gradprune.torch_compat.probe
+	.venvs/$*/bin/python $(PYTEST) -m "not inductor" $(QUICK)
+	touch $@
 
 lint: .venv/installed  ## Style and types.
 	$(BIN)/ruff check .
@@ -25,4 +50,4 @@ lint: .venv/installed  ## Style and types.
 	touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info demo-output
+	rm -rf .venv .venvs build dist *.egg-info demo-output

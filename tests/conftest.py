@@ -6,15 +6,22 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import torch._inductor.graph
 from helpers import interpreted
 
 from gradprune.passes import prepack_convolutions
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """Run every test on one thread, and pack every convolution: those of tests are too small for either to pay off."""
     torch.set_num_threads(1)
     prepack_convolutions.WORTH_FLOPS = 0
+    if config.getoption("markexpr") == "not inductor":
+        torch._inductor.graph.GraphLowering.run = refuse_to_lower
+
+
+def refuse_to_lower(*args: object, **options: object) -> None:
+    raise AssertionError("a kernel is compiled: mark the test with @pytest.mark.inductor")
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from torch import fx
 from gradprune.graph.captured_graph import CapturedGraph
 from gradprune.graph.step_graph import InputRole
 from gradprune.passes.pipeline import PassRecord, kept_operators, run_passes
-from gradprune.torch_compat import aot, dynamo, inductor
+from gradprune.torch_compat import aot, dynamo, inductor, probe
 
 from .capture import capture
 from .compilation import Callback, Compilation, InnerCompile
@@ -48,6 +48,7 @@ def compile_graph(
     Raises:
         GradpruneError: As the backend does.
     """
+    probe.warn()
     dynamo.forget_sources_of_constants()
     compilation = Compilation(options, listeners, inner_compile, run_prologue)
     compilation.tell("captured", gm.graph, example_inputs)

@@ -13,7 +13,13 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from gradprune.torch_compat.lowering import TensorBox, lowerings, mkldnn_ir, register_lowering
+from gradprune.torch_compat.lowering import (
+    TensorBox,
+    lowering_reordered_weight,
+    lowerings,
+    mkldnn_ir,
+    register_lowering,
+)
 
 from .library import LIBRARY
 
@@ -141,9 +147,10 @@ def _lower_packed_convolution(
 ) -> Any:
     after: tuple[Any, ...] = (activation, [], "")
     if transposed:
-        node = mkldnn_ir.ConvolutionTransposeUnary.create(
-            input, weight, bias, padding, output_padding, stride, dilation, groups, *after
-        )
+        with lowering_reordered_weight():
+            node = mkldnn_ir.ConvolutionTransposeUnary.create(
+                input, weight, bias, padding, output_padding, stride, dilation, groups, *after
+            )
     else:
         node = mkldnn_ir.ConvolutionUnary.create(input, weight, bias, padding, stride, dilation, groups, *after)
     return TensorBox.create(node)

@@ -223,13 +223,13 @@ def test_right_options():
 
 @pytest.mark.parametrize("version", ["2.10.0", "2.15.0", "1.13.1+cu117", "3.0.0"])
 def test_unsupported_torch(version: str):
-    with pytest.raises(gradprune.UnsupportedTorchError, match='pip install "torch>=2.11,<2.15"') as caught:
+    with pytest.raises(gradprune.UnsupportedTorchError, match='pip install "torch>=2.11,<2.16"') as caught:
         check_version(version)
     assert f"torch {version} is installed" in str(caught.value)
     assert isinstance(caught.value, ImportError)
 
 
-@pytest.mark.parametrize("version", ["2.11.0", "2.13.0+cpu", "2.14.0a0+git0123abc", torch.__version__])
+@pytest.mark.parametrize("version", ["2.11.0", "2.13.0+cpu", "2.14.0a0+git0123abc", "2.15.0", torch.__version__])
 def test_supported_torch(version: str):
     check_version(version)
 

@@ -150,7 +150,7 @@ print(len(gradprune.passes.rules.RULES) > 0)
 def test_requirements_of_the_wheel(built: Built):
     metadata = importlib.metadata.Distribution.at(next(built.unpacked.glob("*.dist-info")))
     required = [line for line in metadata.requires or [] if "extra ==" not in line]
-    assert sorted(line.replace(" ", "") for line in required) == ["numpy", "torch<2.15,>=2.11"]
+    assert sorted(line.replace(" ", "") for line in required) == ["numpy", "torch<2.16,>=2.11"]
 
 
 def test_source_distribution_can_be_built_from(built: Built):

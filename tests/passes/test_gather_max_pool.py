@@ -457,6 +457,7 @@ def compiled(function: Any, *args: Any) -> tuple[Any, str]:
     return result, "\n".join(code)
 
 
+@pytest.mark.inductor
 @pytest.mark.parametrize("layout", FORMATS, ids=str)
 def test_compiled_step(layout: torch.memory_format):
     model = network(layout)
@@ -506,6 +507,7 @@ def gradients(inputs: list[tuple[Tensor, Tensor, Tensor, Tensor | None]]) -> lis
     return results
 
 
+@pytest.mark.inductor
 @pytest.mark.parametrize("layout", FORMATS, ids=str)
 def test_compiled_operator(layout: torch.memory_format):
     pools = [POOLS[name] for name in COMPILED]
@@ -530,6 +532,7 @@ def test_compiled_operator(layout: torch.memory_format):
             FileCheck().check("Vectorized<int8_t>::loadu").check("VecMask<int32_t,1>(").run(code)
 
 
+@pytest.mark.inductor
 def test_compiled_gather_keeps_channels_innermost():
     pool = POOLS["overlapping"]
     x, gy = inputs_of(pool, torch.channels_last)
@@ -544,6 +547,7 @@ def test_compiled_gather_keeps_channels_innermost():
     FileCheck().check("(2, 19, 8, 8), (1216, 1, 152, 19)").run(code)
 
 
+@pytest.mark.inductor
 def test_compiled_operator_with_symbolic_sizes():
     pools = {"batch alone": POOLS["overlapping, odd"], "any": POOLS["overlapping, ceil"]}
 

@@ -779,6 +779,7 @@ def problem(name: str) -> tuple[nn.Module, nn.Module, Tensor, Tensor]:
     return model, copy.deepcopy(model).double(), torch.rand(shape), torch.tensor([1, 3])
 
 
+@pytest.mark.inductor
 @pytest.mark.parametrize("name", NETWORKS)
 def test_gradient_of_the_compiled_step(name: str):
     """Of the first iterates of an attack, which starts somewhere around the clean image."""
@@ -799,6 +800,7 @@ def test_gradient_of_the_compiled_step(name: str):
     assert len(packed) == NETWORKS[name][2]
 
 
+@pytest.mark.inductor
 def test_first_call_with_the_clean_image_as_iterate():
     """One tensor passed as two arguments, with the next call continuing the attack."""
     model, exact, x, y = problem("volumes")

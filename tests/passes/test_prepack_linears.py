@@ -385,6 +385,7 @@ def test_symbolic_batch(asked: list[Question]):
     assert "gradprune.pack_linear" in {change.operator for change in report.hoisted}
 
 
+@pytest.mark.inductor
 def test_gradient_of_the_compiled_step(asked: list[Question]):
     """Inductor has no operator for a packed weight that is an input; it is lowered to oneDNN's all the same."""
     model = perceptron().eval()

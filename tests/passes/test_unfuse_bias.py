@@ -180,6 +180,7 @@ def code_of(compiled: Callable[..., Any], *arguments: Tensor) -> tuple[Any, str]
     return result, code
 
 
+@pytest.mark.inductor
 @pytest.mark.parametrize("disabled", [False, True], ids=["", "disabled"])
 def test_generated_code(disabled: bool):
     """Inductor turns a product and a sum into ``addmm`` where it finds them."""

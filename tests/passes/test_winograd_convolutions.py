@@ -201,6 +201,7 @@ def test_what_is_not_faster_is_left(monkeypatch):
     assert not winograd_convolutions.run(pruned(nn.Conv2d(16, 16, 3))).changed
 
 
+@pytest.mark.inductor
 @needs_kernel
 def test_compiled_step():
     torch.manual_seed(0)

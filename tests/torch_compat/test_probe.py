@@ -1,0 +1,88 @@
+"""What private torch is read to be: that it is so, and that what is not is named."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import fx
+
+import gradprune
+from gradprune.compiler import lower
+from gradprune.torch_compat import dynamo, probe
+from gradprune.torch_compat.probe import Finding
+
+
+@pytest.fixture(autouse=True)
+def unprobed() -> Any:
+    probe.probe.cache_clear()
+    probe.warn.cache_clear()
+    yield
+    probe.probe.cache_clear()
+    probe.warn.cache_clear()
+
+
+def test_this_torch_is_as_expected():
+    assert probe.probe() == ()
+    assert probe.probe_step() == []
+
+
+def test_as_a_program(capsys: pytest.CaptureFixture[str]):
+    assert probe.main() == 0
+    assert capsys.readouterr().out == f"torch {torch.__version__}: all as expected\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "piece", "expected", "costs"), probe.EXPECTED, ids=[entry[0] for entry in probe.EXPECTED]
+)
+def test_every_piece_that_is_gone_is_named(
+    name: str, piece: Callable[[], Any], expected: tuple[str, ...], costs: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(probe, "EXPECTED", [(name, object, expected, costs)])
+    assert probe.probe() == tuple(Finding(name, each, costs) for each in expected)
+    probe.probe.cache_clear()
+
+    def gone() -> None:
+        raise AttributeError("module has no attribute 'x'")
+
+    monkeypatch.setattr(probe, "EXPECTED", [(name, gone, expected, costs)])
+    (finding,) = probe.probe()
+    assert str(finding) == f"{name} has no module has no attribute 'x': {costs}"
+
+
+def test_the_first_compilation_warns_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+    monkeypatch.setattr(probe, "EXPECTED", [("Dynamo's new toy", object, ("wheels",), "it does not roll")])
+    gm = fx.symbolic_trace(lambda x: x.sin())
+    for node in gm.graph.find_nodes(op="placeholder"):
+        node.meta["example_value"] = torch.rand(3)
+    for _ in range(2):
+        lower.compile_graph(gm, [torch.rand(3)], gradprune.Options(), inner_compile=lambda gm, *_, **__: gm.forward)
+    messages = [record.getMessage() for record in caplog.records if "new toy" in record.getMessage()]
+    assert messages == [
+        f"gradprune: torch {torch.__version__} is not what gradprune knows: Dynamo's new toy has no wheels: "
+        "it does not roll"
+    ]
+    assert caplog.records[0].levelno == logging.WARNING
+
+
+LOST: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {
+    "flag": (lambda patch: patch.setattr(dynamo, "scope_to_backend", lambda *_: None), "traced gradient call"),
+    "weights": (lambda patch: patch.setattr(dynamo, "is_module_state", lambda node: False), "source in a module"),
+    "origins": (lambda patch: patch.setattr(dynamo, "dynamo_nodes", lambda node: set()), "'from_node'"),
+}
+
+
+@pytest.mark.parametrize("what", LOST)
+def test_what_torch_does_not_note_is_named(what: str, monkeypatch: pytest.MonkeyPatch):
+    lose, expected = LOST[what]
+    lose(monkeypatch)
+    assert expected in [finding.expected for finding in probe.probe_step()]
+
+
+def test_settings_of_inductor_that_are_gone(monkeypatch: pytest.MonkeyPatch):
+    looked = probe._has
+    monkeypatch.setattr(probe, "_has", lambda piece, name: name != "joint_custom_pre_pass" and looked(piece, name))
+    assert [finding.expected for finding in probe.probe()] == ["joint_custom_pre_pass"]
