@@ -8,12 +8,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import pytest
 import torch
 from torch import Tensor, fx, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 import gradprune.backend
+from gradprune.torch_compat import dynamo
 from gradprune.workloads.vision import let_torchvision_import
 
 # --- Attack steps -----------------------------------------------------------------------------------------------------
@@ -220,3 +222,9 @@ def timm_model(name: str, **options: Any) -> nn.Module:
 
     model: nn.Module = timm.create_model(name, **options)
     return model.eval()
+
+
+in_one_piece = pytest.mark.skipif(
+    not dynamo.TRACES_REQUIRES_GRAD, reason="this torch compiles a step that calls requires_grad_() in two pieces"
+)
+"""For tests that look at the one graph of such a step."""

@@ -12,11 +12,13 @@ import torch._dynamo.config as dynamo_config
 from torch import fx
 from torch._dynamo.exc import RestartAnalysis
 from torch._dynamo.source import AttrSource, GradSource, is_from_unspecialized_nn_module_source
+from torch._dynamo.symbolic_convert import SpeculationLog
 from torch._dynamo.utils import counters
 from torch._logging._internal import trace_structured
 
 __all__ = [
     "TRACED_FLAGS",
+    "TRACES_REQUIRES_GRAD",
     "code_of",
     "compile_wrapper_of",
     "compiling_code",
@@ -142,6 +144,10 @@ def forget_sources_of_constants() -> None:
         if shared is not None:
             shared.source = None
 
+
+TRACES_REQUIRES_GRAD = hasattr(SpeculationLog(), "graph_break_on_requires_grad_")
+"""Whether Dynamo traces ``requires_grad_()`` on a value made in the function it traces. Where it does not (torch 2.11),
+it breaks the graph there, and the step proper is the second piece."""
 
 TRACED_FLAGS = ("trace_autograd_ops", "allow_rnn")
 """Flags of ``torch._dynamo.config`` that gradprune needs while it compiles."""

@@ -221,7 +221,7 @@ def test_right_options():
 # --- The rest ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("version", ["2.10.0", "2.15.0", "1.13.1+cu117", "3.0.0"])
+@pytest.mark.parametrize("version", ["2.10.0", "2.16.0", "1.13.1+cu117", "3.0.0"])
 def test_unsupported_torch(version: str):
     with pytest.raises(gradprune.UnsupportedTorchError, match='pip install "torch>=2.11,<2.16"') as caught:
         check_version(version)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ModelState, interpret
+from helpers import ModelState, in_one_piece, interpret
 from tiny import STEPS, backward_step, images, input_gradient, network
 from torch import fx
 
@@ -27,7 +27,7 @@ from gradprune.passes.dgrad_as_convolution import dgrad_as_convolution
 from gradprune.report import figures
 from gradprune.report.recorder import Recorder
 
-pytestmark = pytest.mark.usefixtures("no_code")
+pytestmark = [pytest.mark.usefixtures("no_code"), in_one_piece]
 
 
 def fails(self: object, step_graph: StepGraph) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import interpreted
+from helpers import in_one_piece, interpreted
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
@@ -19,6 +19,8 @@ from gradprune.passes.rewrite import Skip, rewrite
 from gradprune.passes.rules import RULES, Narrowed, register
 
 aten = torch.ops.aten
+
+pytestmark = in_one_piece
 
 # --- A rule -----------------------------------------------------------------------------------------------------------
 

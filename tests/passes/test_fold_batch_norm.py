@@ -8,7 +8,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import interpreted, relative_error, step_by_autograd_grad, step_by_backward, step_by_func_grad
+from helpers import (
+    in_one_piece,
+    interpreted,
+    relative_error,
+    step_by_autograd_grad,
+    step_by_backward,
+    step_by_func_grad,
+)
 from torch import Tensor, fx, nn
 from torch.testing import FileCheck
 
@@ -548,6 +555,7 @@ def norms(graph: fx.Graph) -> int:
     return sum(node.target is F.batch_norm for node in graph.nodes)
 
 
+@in_one_piece
 @pytest.mark.parametrize(
     "make",
     [
@@ -574,6 +582,7 @@ def test_gradient_is_eager_s(name: str, make: Callable[..., Any], left_to_autogr
     assert len(record.result.narrowed) == sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
 
 
+@in_one_piece
 def test_requires_grad_is_no_write(left_to_autograd: list[fx.Graph]):
     """Dynamo traces the call for values that a step makes."""
     conv, norm = nn.Conv2d(3, 4, 3), settled(nn.BatchNorm2d(4)).eval()
@@ -615,6 +624,7 @@ def test_gradient_in_autocast():
     assert relative_error(gradient, exact) < 2 * relative_error(eager, exact)
 
 
+@in_one_piece
 @pytest.mark.parametrize(
     "options",
     [{"fold_batch_norm": False}, {"disable": [FoldBatchNorm.name]}, {"exact_order": True}],
@@ -654,6 +664,7 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_scale_and_shift", fails)
 
 
+@in_one_piece
 def test_failing_fold_is_undone_and_reported(
     broken: None, left_to_autograd: list[fx.Graph], caplog: pytest.LogCaptureFixture
 ):
@@ -688,6 +699,7 @@ def test_strict_raises(broken: None):
         gradprune.compile(step_by_autograd_grad(model, F.cross_entropy), strict=True)(*arguments)
 
 
+@in_one_piece
 def test_invalid_graph_is_a_failure(monkeypatch: pytest.MonkeyPatch, left_to_autograd: list[fx.Graph]):
     def corrupts(self: FoldBatchNorm, captured: CapturedGraph) -> Any:
         layer = next(node for node in captured.graph.nodes if node.target is torch.conv2d)

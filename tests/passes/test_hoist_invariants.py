@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import interpreted, relative_error
+from helpers import in_one_piece, interpreted, relative_error
 from pass_testing import Builder, apply, aten, captured, copied, find
 from torch import Tensor, fx, nn
 from torch.testing import FileCheck
@@ -550,6 +550,7 @@ def attack_step(model: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]
     return step
 
 
+@in_one_piece
 def test_noise_on_a_weight_differs_from_step_to_step():
     """Whichever generator Inductor takes: here its own, whose seed is an operator of its own."""
     layer = nn.Linear(3, 4)

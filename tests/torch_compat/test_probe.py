@@ -25,11 +25,13 @@ def unprobed() -> Any:
     probe.warn.cache_clear()
 
 
+@pytest.mark.inductor
 def test_this_torch_is_as_expected():
     assert probe.probe() == ()
     assert probe.probe_step() == []
 
 
+@pytest.mark.inductor
 def test_as_a_program(capsys: pytest.CaptureFixture[str]):
     assert probe.main() == 0
     assert capsys.readouterr().out == f"torch {torch.__version__}: all as expected\n"
@@ -69,12 +71,13 @@ def test_the_first_compilation_warns_once(monkeypatch: pytest.MonkeyPatch, caplo
 
 
 LOST: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {
-    "flag": (lambda patch: patch.setattr(dynamo, "scope_to_backend", lambda *_: None), "traced gradient call"),
+    "flag": (lambda patch: patch.setattr(dynamo, "scope_to_backend", lambda *_: None), "gradient call"),
     "weights": (lambda patch: patch.setattr(dynamo, "is_module_state", lambda node: False), "source in a module"),
     "origins": (lambda patch: patch.setattr(dynamo, "dynamo_nodes", lambda node: set()), "'from_node'"),
 }
 
 
+@pytest.mark.inductor
 @pytest.mark.parametrize("what", LOST)
 def test_what_torch_does_not_note_is_named(what: str, monkeypatch: pytest.MonkeyPatch):
     lose, expected = LOST[what]

@@ -56,7 +56,11 @@ def test_the_contract_covers_every_rule():
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_used_outputs_do_not_change(case: Case):
-    assert check_case(case) > 0
+    try:
+        narrowings = check_case(case)
+    except NotImplementedError as error:
+        pytest.skip(f"this torch has no kernel: {str(error).splitlines()[0]}")
+    assert narrowings > 0
 
 
 def synthetic_arguments(operator: torch._ops.OpOverload, setting: dict[str, Any]) -> list[Any]:
