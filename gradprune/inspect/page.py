@@ -12,6 +12,9 @@ from typing import Any
 from gradprune.report.report import Report
 
 TITLES = {"step": "attack step, one graph", "model": "model, backward called from outside"}
+MODULES = ("figures", "data", "tree", "layout", "overview", "toolbar", "theme", "graph", "details", "start")
+"""Of the script. The first four look at no document."""
+
 KINDS = ("removed", "narrowed", "hoisted", "skipped")
 
 
@@ -47,7 +50,8 @@ def page(report: Report, before: dict[str, Any], after: dict[str, Any]) -> str:
                 ("peak_bytes", report.peak_bytes),
             )
         },
-        "fallback": report.fallback,
+        "fallback": report.fallback
+        and f"{(report.fallback_kind or 'compiled as captured').capitalize()}: {report.fallback}",
         "gone": _gone(report, before, after),
         "passes": [
             {
@@ -69,8 +73,8 @@ def page(report: Report, before: dict[str, Any], after: dict[str, Any]) -> str:
     parts = {
         "title": html.escape(title),
         "style": _asset("page.css"),
-        "script": _asset("page.js"),
         "data": _in_script(data),
+        "script": _script(),
     }
     text, rest = "", _asset("page.html")
     for name, part in parts.items():  # in the order of the template, so that nothing inserted is taken for a mark
@@ -94,5 +98,12 @@ def _in_script(data: Any) -> str:
     return json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
 
 
+def _script() -> str:
+    """All modules in one scope of their own, and the call that begins."""
+    modules = "\n".join(_asset(f"{name}.js") for name in MODULES)
+    begin = 'start(JSON.parse(document.getElementById("data").textContent));'
+    return f'(() => {{\n"use strict";\n{modules}\n{begin}\n}})();'
+
+
 def _asset(name: str) -> str:
-    return (resources.files(__package__ or "") / name).read_text(encoding="utf-8")
+    return (resources.files(__package__ or "") / "page" / name).read_text(encoding="utf-8")

@@ -118,7 +118,10 @@ def test_wheel_has_every_module_and_nothing_else(built: Built):
         "gradprune/passes/rules/registry.py",
         "gradprune/bench/cases.py",
     } <= expected
-    data = {"gradprune/py.typed", *(f"gradprune/inspect/page.{kind}" for kind in ("css", "html", "js"))}
+    data = {
+        "gradprune/py.typed",
+        *(f"gradprune/inspect/page/{file.name}" for file in (ROOT / "gradprune/inspect/page").iterdir()),
+    }
     assert {name for name in built.wheel if ".dist-info/" not in name} == {*expected, *data}
 
 
