@@ -1,9 +1,7 @@
-"""Attacks from their names and options on a command line."""
+"""Attacks by their names, and from options that several of them share."""
 
 from __future__ import annotations
 
-import argparse
-import ast
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
@@ -181,45 +179,3 @@ def label_of(name: str, attack: Attack) -> str:
         if key not in (*HAVE_OPTIONS, "steps") and value != usual[key]
     ]
     return ", ".join([name, *unusual])
-
-
-def parse_setting(text: str) -> tuple[str, Any]:
-    """``NAME=VALUE``, the value a number, true, false or a word."""
-    name, equals, value = text.partition("=")
-    if not (name and equals and value):
-        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
-    name = name.replace("-", "_")
-    if value.lower() in ("true", "false"):
-        return name, value.lower() == "true"
-    try:
-        return name, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return name, value
-
-
-def parse_whole(text: str) -> int:
-    """A whole number from 1 on."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text!r}")
-    return int(text)
-
-
-def parse_number(text: str) -> float:
-    """A number from 0 on, also as a fraction such as ``8/255``."""
-    above, slash, below = text.partition("/")
-    try:
-        value = float(above) / float(below) if slash else float(above)
-    except (ValueError, ZeroDivisionError):
-        value = -1.0
-    if not (math.isfinite(value) and value >= 0):
-        raise argparse.ArgumentTypeError(f"expected a number from 0 on, such as 0.1 or 8/255, got {text!r}")
-    return value
-
-
-def parse_step_size(text: str) -> StepSize:
-    """A number, or a part of eps such as ``eps/4``."""
-    start, slash, below = text.partition("/")
-    if start != "eps":
-        return StepSize(parse_number(text), is_relative=False)
-    part = parse_number(f"1/{below}" if slash else "1")
-    return StepSize(part, is_relative=True)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from gradprune.errors import GradpruneError, OptionError
 
-from .demo import check_compiler, prepare_directory
+from .options import check_compiler, prepare_directory
 
 if TYPE_CHECKING:
     from gradprune.bench.baselines import Baseline
@@ -86,18 +86,18 @@ EXTRAS = ("matplotlib", "tqdm")
 """What the benchmarks need beyond gradprune's own dependencies."""
 
 
-def add_command(commands: argparse._SubParsersAction[Any]) -> None:
-    """Add ``bench`` to the command line.
-
-    Args:
-        commands: What ``ArgumentParser.add_subparsers`` returned.
-    """
-    texts: dict[str, Any] = {"epilog": EPILOG, "formatter_class": argparse.RawDescriptionHelpFormatter}
-    help = "measure gradprune beside eager PyTorch, torch.compile and JAX"
-    parser = commands.add_parser("bench", help=help, description=DESCRIPTION, **texts)
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``gradprune bench``."""
+    parser.description, parser.epilog = DESCRIPTION, EPILOG
     kinds = parser.add_subparsers(title="benchmarks", dest="kind", metavar="BENCHMARK", required=True)
     for kind, text in HELP.items():
-        own = kinds.add_parser(kind, help=text, description=f"{text[0].upper()}{text[1:]}.", **texts)
+        own = kinds.add_parser(
+            kind,
+            help=text,
+            description=f"{text[0].upper()}{text[1:]}.",
+            epilog=EPILOG,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         _add_options(own, kind)
         own.set_defaults(run=run)
 
@@ -166,7 +166,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Carry out ``gradprune bench``.
 
     Args:
-        arguments: What the parser of ``add_command`` returned.
+        arguments: What the parser returned.
 
     Returns:
         The exit status, 0.

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import os
-import shutil
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gradprune.errors import GradpruneError, OptionError
+from gradprune.errors import GradpruneError
+
+from .options import check_compiler, prepare_directory
 
 if TYPE_CHECKING:
     from gradprune.bench.demo_workload import Measured
@@ -64,19 +63,9 @@ QUICK = Settings(steps=3, batch=2, size=64, rounds=3)
 LIMITS = {"steps": (1, 1000), "batch": (1, 1024), "size": (32, 1024), "rounds": (1, 1000), "threads": (1, 1024)}
 
 
-def add_command(commands: argparse._SubParsersAction[Any]) -> None:
-    """Add ``demo`` to the command line.
-
-    Args:
-        commands: What ``ArgumentParser.add_subparsers`` returned.
-    """
-    parser = commands.add_parser(
-        "demo",
-        help="see gradprune work, beside eager PyTorch and plain torch.compile",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``gradprune demo``."""
+    parser.description, parser.epilog = DESCRIPTION, EPILOG
     parser.add_argument(
         "--output", type=Path, default=Path("demo-output"), metavar="DIR", help="where to write (default: %(default)s)"
     )
@@ -101,7 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Carry out ``gradprune demo``.
 
     Args:
-        arguments: What the parser of ``add_command`` returned.
+        arguments: What the parser returned.
 
     Returns:
         The exit status, 0.
@@ -140,37 +129,6 @@ def check_extras() -> None:
     missing = [package for module, package in EXTRAS.items() if importlib.util.find_spec(module) is None]
     if missing:
         raise GradpruneError(f'the demo needs {", ".join(missing)}: run pip install "gradprune[cli]"')
-
-
-def check_compiler() -> None:
-    """Make sure that Inductor will find a C++ compiler.
-
-    Raises:
-        GradpruneError: There is none.
-    """
-    named = os.environ.get("CXX")
-    wanted = [named] if named else ["g++", "clang++", "c++", "cl"]
-    if not any(shutil.which(name) for name in wanted):
-        raise GradpruneError(
-            f"torch.compile needs a C++ compiler and none of {', '.join(wanted)} was found: install one or set CXX"
-        )
-
-
-def prepare_directory(directory: Path) -> None:
-    """Create ``directory`` unless it exists, and make sure that files can be written there.
-
-    Raises:
-        OptionError: It cannot be created or written.
-    """
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
-            pass
-    except OSError as error:
-        reason = error.strerror or error
-        raise OptionError(
-            f"cannot write to {directory} ({reason}): pass --output DIR with a directory you may write"
-        ) from error
 
 
 def _within(name: str) -> Any:

@@ -1,9 +1,8 @@
-"""Options of ``gradprune attack`` and ``gradprune evaluate``, and the order of their work."""
+"""``gradprune evaluate``; and options and preparations that it shares with ``gradprune attack``."""
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -12,27 +11,32 @@ from typing import Any
 
 import torch
 
-from gradprune.attacks.registry import (
-    CLEAN,
-    DEFAULT_STEP_SIZE,
-    AttackOptions,
-    build_attacks,
-    parse_number,
-    parse_setting,
-    parse_step_size,
-    parse_whole,
-)
-from gradprune.errors import GradpruneError, OptionError
+from gradprune.attacks.registry import CLEAN, DEFAULT_STEP_SIZE, AttackOptions, build_attacks
+from gradprune.errors import OptionError
 from gradprune.evaluation.run import Subject
-from gradprune.evaluation.tables import text
 from gradprune.evaluation.work import PICTURES, RESULTS, Work
 from gradprune.runtime import Runtime
 from gradprune.support.distributed import started
 from gradprune.support.environment import environment
-from gradprune.workloads.data_sets import DataOptions, load_data
-from gradprune.workloads.models import ModelOptions, fingerprint, load_model
+from gradprune.workloads.data_sets import load_data
+from gradprune.workloads.models import fingerprint, load_model
 
-from .demo import check_compiler, prepare_directory
+from .options import (
+    AUTOCAST,
+    add_model_and_data,
+    autocast_type,
+    check_compiler,
+    check_modules,
+    choose_device,
+    data_options,
+    model_options,
+    modules_of,
+    parse_number,
+    parse_setting,
+    parse_step_size,
+    parse_whole,
+    prepare_directory,
+)
 
 NAMES = """\
 models (--model):
@@ -58,21 +62,10 @@ again, the command goes on where it was interrupted. What depends on the code of
 and its printed structure: after a change that shows in neither, take another folder.
 """
 
-ATTACK = """\
-Attack a model on a data set. Writes adversarial.npz (x_adv, y, index in the data set, predictions, clean_predictions),
-record.json (accuracy, perturbation, all settings) and pictures.png (original, adversarial, perturbation, heat map).
-"""
-
 EVALUATE = """\
 Measure a model's accuracy under several attacks, each with every eps and number of steps. Writes results/*/record.json,
 accuracy.md (a table of all records in the folder), accuracy.png (accuracy against eps), pictures of the first images
 under each attack in results/*/pictures.png, and the first image under all of them in first-image.png.
-"""
-
-ATTACK_EXAMPLES = """\
-examples:
-  gradprune attack --model digits --data digits --attack pgd --eps 0.1 --output adversarial
-  gradprune attack --model models:net --checkpoint net.pt --data photos --image-size 224 --attack autoattack --eps 4/255
 """
 
 EVALUATE_EXAMPLES = """\
@@ -91,52 +84,19 @@ examples:
     gradprune evaluate --model digits --data digits --attack pgd --steps 50 --eps .1 --set stop_at_success=true
 """
 
-AUTOCAST = {"fp16": "float16", "bf16": "bfloat16"}
-PACKAGES = {"sklearn": "scikit-learn", "PIL": "pillow"}
-"""Modules whose packages have other names."""
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``gradprune evaluate``."""
+    parser.description, parser.epilog = EVALUATE, f"{NAMES}\n{RESUMING}\n{EVALUATE_EXAMPLES}"
+    add_options(parser, several=True)
+    parser.set_defaults(run=run)
 
 
-def add_commands(commands: argparse._SubParsersAction[Any]) -> None:
-    """Add ``attack`` and ``evaluate`` to the command line.
-
-    Args:
-        commands: What ``ArgumentParser.add_subparsers`` returned.
-    """
-    for name, help, description, examples, runs in (
-        ("attack", "make adversarial examples of a data set", ATTACK, ATTACK_EXAMPLES, run_attack),
-        ("evaluate", "measure accuracy under several attacks", EVALUATE, EVALUATE_EXAMPLES, run_evaluate),
-    ):
-        parser = commands.add_parser(
-            name,
-            help=help,
-            description=description,
-            epilog=f"{NAMES}\n{RESUMING}\n{examples}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        _add_options(parser, several=name == "evaluate")
-        parser.set_defaults(run=runs)
-
-
-def _add_options(parser: argparse.ArgumentParser, *, several: bool) -> None:
+def add_options(parser: argparse.ArgumentParser, *, several: bool) -> None:
     """Add the options; with ``several``, those that take several values do."""
     many: Any = {"nargs": "+", "action": "extend"} if several else {"nargs": 1}
     group = parser.add_argument_group("what to attack")
-    group.add_argument("--model", required=True, metavar="NAME", help="see below")
-    group.add_argument("--checkpoint", type=Path, metavar="FILE", help="state dict to load into the model")
-    group.add_argument("--pretrained", action="store_true", help="timm's own weights, may download (default: random)")
-    group.add_argument("--classes", type=parse_whole, metavar="N", help="of a timm model (default: its own)")
-    group.add_argument("--mean", type=float, nargs="+", metavar="M", help="subtracted from each channel (default: 0)")
-    group.add_argument("--std", type=float, nargs="+", metavar="S", help="what each is divided by then (default: 1)")
-    group.add_argument("--data", required=True, metavar="NAME", help="see below")
-    group.add_argument("--limit", type=parse_whole, metavar="N", help="that many samples, spread evenly (default: all)")
-    group.add_argument(
-        "--image-size", type=parse_whole, metavar="N", help="resize and crop images (default: as they are)"
-    )
-    group.add_argument("--grey", action="store_true", help="read the images of a folder as grey (default: in colour)")
-    group.add_argument(
-        "--data-root", type=Path, default=Path("data"), metavar="DIR", help="for torchvision (default: %(default)s)"
-    )
-    group.add_argument("--download", action="store_true", help="let torchvision download data (default: off)")
+    add_model_and_data(group)
     group.add_argument(
         "--bounds", type=float, nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH"), help="valid inputs (default: 0 1)"
     )
@@ -177,33 +137,20 @@ def _add_options(parser: argparse.ArgumentParser, *, several: bool) -> None:
         )
 
 
-def run_attack(arguments: argparse.Namespace) -> int:
-    """Carry out ``gradprune attack``.
+def run(arguments: argparse.Namespace) -> int:
+    """Carry out ``gradprune evaluate``.
 
     Args:
-        arguments: What the parser of ``add_commands`` returned.
+        arguments: What the parser returned.
 
     Returns:
         The exit status, 0.
 
     Raises:
         OptionError: Something was asked for that does not exist, or the output cannot be written.
-        GradpruneError: The attack cannot be run on this model with these inputs, or something is not installed.
+        GradpruneError: An attack cannot be run on this model with these inputs, or something is not installed.
     """
-    with _prepared(arguments) as work:
-        (job,) = work.jobs([work.attacks[0] if work.attacks else work.clean], lambda slug: work.output)
-        record = work.carry_out(job, keep=len(work.subject.data))
-        if work.ranks.is_first:
-            drawn = work.draw(job, record)
-            print(text([record]))
-            print(f"Saved in {work.output}: adversarial.npz, record.json{', pictures.png' if drawn else ''}.")
-        work.ranks.wait()
-    return 0
-
-
-def run_evaluate(arguments: argparse.Namespace) -> int:
-    """Carry out ``gradprune evaluate``; as ``run_attack``."""
-    with _prepared(arguments) as work:
+    with prepared(arguments) as work:
         jobs = work.jobs([work.clean, *work.attacks], lambda slug: work.output / RESULTS / slug)
         keep = len(work.subject.data) if arguments.keep_examples else PICTURES
         done = [(job, work.carry_out(job, PICTURES if job.label == CLEAN else keep)) for job in jobs]
@@ -215,7 +162,7 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
 
 
 @contextmanager
-def _prepared(arguments: argparse.Namespace) -> Iterator[Work]:
+def prepared(arguments: argparse.Namespace) -> Iterator[Work]:
     """Check and load everything that was asked for: what can be known to fail fails here, before any work."""
     options = _attack_options(arguments)
     attacks = build_attacks(options)
@@ -269,79 +216,8 @@ def _attack_options(arguments: argparse.Namespace) -> AttackOptions:
     )
 
 
-def model_options(arguments: argparse.Namespace) -> ModelOptions:
-    """Which model was asked for."""
-    return ModelOptions(
-        name=arguments.model,
-        checkpoint=arguments.checkpoint,
-        mean=arguments.mean,
-        std=arguments.std,
-        pretrained=arguments.pretrained,
-        classes=arguments.classes,
-    )
-
-
-def data_options(arguments: argparse.Namespace) -> DataOptions:
-    """Which data were asked for."""
-    return DataOptions(
-        name=arguments.data,
-        root=arguments.data_root,
-        download=arguments.download,
-        image_size=arguments.image_size,
-        grey=arguments.grey,
-        limit=arguments.limit,
-    )
-
-
-def choose_device(name: str | None, local: int) -> torch.device:
-    """The device asked for; of several processes on a machine with GPUs, each has one."""
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise OptionError(f"--device {name!r} is no device: pass cpu, cuda or cuda:1") from error
-    if device.type == "cuda":
-        count = torch.cuda.device_count()
-        if ":" not in name and count:
-            device = torch.device("cuda", local % count)
-        if not count or device.index >= count:
-            raise OptionError(f"--device {name}: there are {count} CUDA devices: pass another, or cpu")
-        torch.cuda.set_device(device)
-    elif device.type != "cpu":
-        raise OptionError(f"--device {name} is not supported: pass cpu, cuda or cuda:1")
-    return device
-
-
-def autocast_type(name: str | None) -> torch.dtype | None:
-    """The type that ``--autocast`` names."""
-    return None if name is None else getattr(torch, AUTOCAST[name])
-
-
 def _versions() -> dict[str, str]:
     return {"gradprune": str(environment()["gradprune"]), "torch": torch.__version__}
-
-
-def modules_of(model: str, data: str) -> set[str]:
-    """Modules that a model and a data set need."""
-    needed = set()
-    if "digits" in (model, data):
-        needed.add("sklearn")
-    if model.startswith("timm:"):
-        needed.add("timm")
-    if data.startswith("torchvision:"):
-        needed |= {"torchvision", "PIL"}
-    elif Path(data).is_dir():
-        needed.add("PIL")
-    return needed
-
-
-def check_modules(modules: set[str]) -> None:
-    """Raise a ``GradpruneError`` that says how to install what is missing of some modules."""
-    missing = sorted(module for module in modules if importlib.util.find_spec(module) is None)
-    if missing:
-        packages = " ".join(PACKAGES.get(module, module) for module in missing)
-        raise GradpruneError(f"this needs {' and '.join(missing)}: run pip install {packages}")
 
 
 def _model_name(arguments: argparse.Namespace) -> str:

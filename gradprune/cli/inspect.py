@@ -8,7 +8,6 @@ import os
 import tempfile
 import webbrowser
 from pathlib import Path
-from typing import Any
 
 from gradprune.compiler.options import Options
 from gradprune.errors import GradpruneError, OptionError
@@ -65,19 +64,9 @@ no faster, and a line says so.
 """
 
 
-def add_command(commands: argparse._SubParsersAction[Any]) -> None:
-    """Add ``inspect`` to the command line.
-
-    Args:
-        commands: What ``ArgumentParser.add_subparsers`` returned.
-    """
-    parser = commands.add_parser(
-        "inspect",
-        help="see what is pruned, without running it",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``gradprune inspect``."""
+    parser.description, parser.epilog = DESCRIPTION, EPILOG
     parser.add_argument("target", metavar="TARGET", help="timm:NAME, digits or module:name, see below")
     group = parser.add_argument_group("what to inspect")
     group.add_argument(

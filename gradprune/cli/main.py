@@ -1,30 +1,26 @@
-"""The ``gradprune`` command: one parser, one subcommand per file that adds itself to it."""
+"""The ``gradprune`` command: a file per subcommand, and only the one asked for is imported."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
-
-from gradprune.errors import GradpruneError, OptionError
-
-from . import bench, demo, inspect
-from . import evaluate as evaluation
-from . import train as training
 
 USAGE_ERROR = 2
 FAILURE = 1
 
-ADD_COMMANDS: tuple[Callable[[argparse._SubParsersAction[Any]], None], ...] = (
-    demo.add_command,
-    inspect.add_command,
-    evaluation.add_commands,
-    training.add_command,
-    bench.add_command,
-)
-"""What ``--help`` lists, in this order. Each adds its subparser and sets ``run`` to what carries it out."""
+COMMANDS = {
+    "demo": "see gradprune work, beside eager PyTorch and plain torch.compile",
+    "inspect": "see what is pruned, without running it",
+    "attack": "make adversarial examples of a data set",
+    "evaluate": "measure accuracy under several attacks",
+    "train": "train a model adversarially",
+    "bench": "measure gradprune beside eager PyTorch, torch.compile and JAX",
+}
+"""What ``--help`` lists, in this order. ``configure(parser)`` of the module called by the name adds the options of a
+command, and sets ``run`` to what carries it out."""
 
 DESCRIPTION = """\
 gradprune compiles adversarial-attack steps so that only the gradient of the input perturbation is computed:
@@ -46,8 +42,8 @@ examples:
 """
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of the whole command line."""
+def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser of a command line, with the options of the command that is called and the names of the others."""
     parser = argparse.ArgumentParser(
         prog="gradprune",
         description=DESCRIPTION,
@@ -56,8 +52,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"gradprune {_version()}")
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
-    for add_command in ADD_COMMANDS:
-        add_command(commands)
+    called = next((word for word in argv if not word.startswith("-")), None)
+    for name, help in COMMANDS.items():
+        own = commands.add_parser(name, help=help, formatter_class=argparse.RawDescriptionHelpFormatter)
+        if name == called:
+            import_module(f"gradprune.cli.{name}").configure(own)
     return parser
 
 
@@ -73,7 +72,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: By argparse, for ``--help``, ``--version`` and arguments it cannot parse.
     """
-    arguments = build_parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    arguments = build_parser(argv).parse_args(argv)
+    from gradprune.errors import GradpruneError, OptionError  # imports torch
+
     try:
         status: int = arguments.run(arguments)
     except GradpruneError as error:

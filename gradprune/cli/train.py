@@ -16,16 +16,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from gradprune.attacks import NORMS, Attack, Runtime
-from gradprune.attacks.registry import (
-    DEFAULT_STEP_SIZE,
-    AttackOptions,
-    StepSize,
-    build_attacks,
-    parse_number,
-    parse_setting,
-    parse_step_size,
-    parse_whole,
-)
+from gradprune.attacks.registry import DEFAULT_STEP_SIZE, AttackOptions, StepSize, build_attacks
 from gradprune.errors import OptionError, unknown
 from gradprune.evaluation.run import Subject
 from gradprune.evaluation.tables import aligned, eps_text
@@ -50,8 +41,21 @@ from gradprune.training.watchers import CURVES, METRICS, TENSORBOARD, Curves, Js
 from gradprune.workloads.data_sets import Data
 from gradprune.workloads.models import load_model
 
-from .demo import check_compiler, prepare_directory
-from .evaluate import AUTOCAST, autocast_type, check_modules, choose_device, data_options, model_options, modules_of
+from .options import (
+    AUTOCAST,
+    autocast_type,
+    check_compiler,
+    check_modules,
+    choose_device,
+    data_options,
+    model_options,
+    modules_of,
+    parse_number,
+    parse_setting,
+    parse_step_size,
+    parse_whole,
+    prepare_directory,
+)
 
 CONFIG = "config.yaml"
 Texts = dict[str, Any]
@@ -314,19 +318,9 @@ ONLY_FOR = {
 ONLY_WITH = {"momentum": ("optimizer", "sgd"), "milestones": ("schedule", "multistep")}
 
 
-def add_command(commands: argparse._SubParsersAction[Any]) -> None:
-    """Add ``train`` to the command line.
-
-    Args:
-        commands: What ``ArgumentParser.add_subparsers`` returned.
-    """
-    parser = commands.add_parser(
-        "train",
-        help="train a model adversarially",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``gradprune train``."""
+    parser.description, parser.epilog = DESCRIPTION, EPILOG
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file with options, by their names")
     for title, options in OPTIONS.items():
         group = parser.add_argument_group(title)
@@ -357,7 +351,7 @@ def effective(arguments: Mapping[str, Any]) -> Texts:
     """Defaults, on top of them what a configuration file says, and on top of that the command line.
 
     Args:
-        arguments: The attributes that the parser of ``add_command`` has returned.
+        arguments: The attributes that the parser has returned.
 
     Raises:
         OptionError: The file cannot be read, or has options that do not exist.
@@ -575,7 +569,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Carry out ``gradprune train``.
 
     Args:
-        arguments: What the parser of ``add_command`` returned.
+        arguments: What the parser returned.
 
     Returns:
         The exit status, 0.

@@ -7,17 +7,8 @@ import argparse
 import pytest
 
 from gradprune.attacks import CW, FGSM, PGD, AutoAttack
-from gradprune.attacks.registry import (
-    ATTACKS,
-    AttackOptions,
-    StepSize,
-    build_attacks,
-    label_of,
-    parse_number,
-    parse_setting,
-    parse_step_size,
-    parse_whole,
-)
+from gradprune.attacks.registry import ATTACKS, AttackOptions, StepSize, build_attacks, label_of
+from gradprune.cli.options import parse_number, parse_setting, parse_step_size, parse_whole
 from gradprune.errors import OptionError
 
 

@@ -534,7 +534,7 @@ def test_batches_and_default_cases() -> None:
     def names(*arguments: str) -> list[str]:
         from gradprune.cli.main import build_parser
 
-        return [case.name for case in command._cases(build_parser().parse_args(["bench", *arguments]))]
+        return [case.name for case in command._cases(build_parser(["bench"]).parse_args(["bench", *arguments]))]
 
     assert names("step") == [case.name for case in CASES]
     assert names("overhead") == ["tiny-b1"]

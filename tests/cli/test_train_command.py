@@ -244,8 +244,8 @@ def test_two_processes_train_together(project: Path) -> None:
 def options_of(*arguments: str) -> argparse.Namespace:
     """Parsed options with a model and data."""
     parser = argparse.ArgumentParser()
-    command.add_command(parser.add_subparsers())
-    return parsed(effective(vars(parser.parse_args(["train", "--model", "m", "--data", "d", *arguments]))))
+    command.configure(parser)
+    return parsed(effective(vars(parser.parse_args(["--model", "m", "--data", "d", *arguments]))))
 
 
 def test_flags_win_over_files_and_files_over_defaults(project: Path) -> None:

@@ -1,0 +1,51 @@
+"""``gradprune attack``: adversarial examples of a data set."""
+
+from __future__ import annotations
+
+import argparse
+
+from gradprune.evaluation.tables import text
+
+from .evaluate import NAMES, RESUMING, add_options, prepared
+
+DESCRIPTION = """\
+Attack a model on a data set. Writes adversarial.npz (x_adv, y, index in the data set, predictions, clean_predictions),
+record.json (accuracy, perturbation, all settings) and pictures.png (original, adversarial, perturbation, heat map).
+"""
+
+EXAMPLES = """\
+examples:
+  gradprune attack --model digits --data digits --attack pgd --eps 0.1 --output adversarial
+  gradprune attack --model models:net --checkpoint net.pt --data photos --image-size 224 --attack autoattack --eps 4/255
+"""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``gradprune attack``."""
+    parser.description, parser.epilog = DESCRIPTION, f"{NAMES}\n{RESUMING}\n{EXAMPLES}"
+    add_options(parser, several=False)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Carry out ``gradprune attack``.
+
+    Args:
+        arguments: What the parser returned.
+
+    Returns:
+        The exit status, 0.
+
+    Raises:
+        OptionError: Something was asked for that does not exist, or the output cannot be written.
+        GradpruneError: The attack cannot be run on this model with these inputs, or something is not installed.
+    """
+    with prepared(arguments) as work:
+        (job,) = work.jobs([work.attacks[0] if work.attacks else work.clean], lambda slug: work.output)
+        record = work.carry_out(job, keep=len(work.subject.data))
+        if work.ranks.is_first:
+            drawn = work.draw(job, record)
+            print(text([record]))
+            print(f"Saved in {work.output}: adversarial.npz, record.json{', pictures.png' if drawn else ''}.")
+        work.ranks.wait()
+    return 0
