@@ -14,19 +14,16 @@ import importlib.util
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from types import FunctionType
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
 from gradprune.compiler.options import Options
 from gradprune.errors import OptionError, unknown
 from gradprune.passes.pipeline import PASS_NAMES
 from gradprune.torch_compat.dynamo import dynamo_config
 
-from .attack_step import Model, Step
+from .attack_step import pgd_step
 from .cases import Case, MnistCnn, Workload
 from .demo_candidates import Candidate
 from .record import (
@@ -77,45 +74,6 @@ class Baseline:
     build: Callable[[Workload, Settings], Contender]
     compiles: bool = True
     cuda_only: bool = False
-
-
-def move(case: Case, x_adv: Tensor, x: Tensor, gradient: Tensor) -> Tensor:
-    """The next ``x_adv``: a step along the sign of the gradient, into the ball around ``x`` and the bounds."""
-    moved = x_adv + case.step_size * gradient.sign()
-    moved = torch.minimum(torch.maximum(moved, x - case.eps), x + case.eps)
-    return moved if case.bounds is None else moved.clamp(*case.bounds)
-
-
-def pgd_step(model: Model, case: Case, autocast: torch.dtype | None = None, *, backward: bool = False) -> Step:
-    """One step of PGD in the Linf ball (Madry et al. 2018).
-
-    Args:
-        model: From inputs to logits.
-        case: Its ball and bounds.
-        autocast: Type to run the model in.
-        backward: Take the gradient by ``loss.backward()``, as attack libraries do, not by ``torch.autograd.grad``.
-
-    Returns:
-        ``(x_adv, x, y) -> (next x_adv, gradient at x_adv)``. Its code object is its own: Dynamo keeps what it compiles
-        with the code, allows a few compilations for each, and would count those of all candidates together.
-    """
-
-    def step(x_adv: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        x_adv = x_adv.detach().requires_grad_(True)
-        if autocast is None:
-            loss = F.cross_entropy(model(x_adv), y)
-        else:
-            with torch.autocast(x.device.type, autocast):
-                loss = F.cross_entropy(model(x_adv), y)
-        if backward:
-            loss.backward()
-            gradient = x_adv.grad
-            assert gradient is not None
-        else:
-            (gradient,) = torch.autograd.grad(loss, x_adv)
-        return move(case, x_adv.detach(), x, gradient), gradient
-
-    return FunctionType(step.__code__.replace(), step.__globals__, "step", closure=step.__closure__)
 
 
 def _eager(name: str, *, frozen: bool = False, backward: bool = False) -> Callable[[Workload, Settings], Contender]:

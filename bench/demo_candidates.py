@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .attack_step import Step, step_of
+from .attack_step import Ball, Step, pgd_step
 
 
 @dataclass(frozen=True)
@@ -52,12 +52,13 @@ def candidates(model: nn.Module, eps: float, step_size: float) -> list[Candidate
         eps: Radius of the Linf ball.
         step_size: Length of a step.
     """
+    ball = Ball(eps, step_size)
     live, frozen, inductor = copy.deepcopy(model), _frozen(model), _frozen(model)
     return [
-        Candidate(EAGER, live, step_of(live, eps, step_size)),
-        Candidate(FROZEN, frozen, step_of(frozen, eps, step_size)),
-        Candidate(INDUCTOR, inductor, step_of(torch.compile(inductor), eps, step_size), compiled=True),
-        _gradprune(copy.deepcopy(model), eps, step_size),
+        Candidate(EAGER, live, pgd_step(live, ball, backward=True)),
+        Candidate(FROZEN, frozen, pgd_step(frozen, ball, backward=True)),
+        Candidate(INDUCTOR, inductor, pgd_step(torch.compile(inductor), ball, backward=True), compiled=True),
+        _gradprune(copy.deepcopy(model), ball),
     ]
 
 
@@ -70,9 +71,9 @@ def start_compiler() -> None:
     torch.compile(lambda tensor: (tensor + 1).relu())(torch.ones(64))
 
 
-def _gradprune(model: nn.Module, eps: float, step_size: float) -> Candidate:
+def _gradprune(model: nn.Module, ball: Ball) -> Candidate:
     """The code of the eager candidate, its parameters as live as there, compiled as a whole."""
-    step = torch.compile(step_of(model, eps, step_size), backend="gradprune")
+    step = torch.compile(pgd_step(model, ball, backward=True), backend="gradprune")
 
     def reports() -> list[dict[str, Any]]:
         import gradprune

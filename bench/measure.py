@@ -20,8 +20,8 @@ from gradprune.support.progress import counter, stage
 from gradprune.torch_compat.inductor import fresh_cache
 
 from . import timing as figures
-from .attack_step import Step, attack
-from .baselines import DTYPES, Baseline, Contender, move, pgd_step
+from .attack_step import Step, attack, move, pgd_step
+from .baselines import DTYPES, Baseline, Contender
 from .cases import Case, Workload
 from .demo_candidates import start_compiler
 from .record import ALTERNATIVES, BASELINES, EAGER_BACKWARD, Record, Settings

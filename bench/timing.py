@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .attack_step import Step, attack, step_of
+from .attack_step import Ball, Step, attack, pgd_step
 from .demo_candidates import Candidate
 
 
@@ -47,7 +47,7 @@ def time_attacks(
 def float64_gradient(model: nn.Module, x_adv: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """Gradient of the loss at ``x_adv``, computed in float64 by eager autograd, shaped like ``x_adv``."""
     exact = copy.deepcopy(model).double().requires_grad_(False)
-    _, gradient = step_of(exact, 0.0, 0.0)(x_adv.double(), x.double(), y)
+    _, gradient = pgd_step(exact, Ball(0.0, 0.0))(x_adv.double(), x.double(), y)
     return gradient
 
 

@@ -28,8 +28,8 @@ from gradprune.torch_compat.dynamo import counters
 from gradprune.torch_compat.inductor import fresh_cache
 from gradprune.training import AdversarialTrainer, PGDTraining
 
-from .attack_step import Step, attack
-from .baselines import DTYPES, Contender, move, pgd_step
+from .attack_step import Step, attack, move, pgd_step
+from .baselines import DTYPES, Contender
 from .cases import SEED, Case, Workload
 from .demo_candidates import start_compiler
 from .measure import Budget, CheckFailed, load_average, peak_bytes, reason, synchronize, time_rounds
@@ -104,7 +104,7 @@ def loss_of(model: nn.Module, autocast: torch.dtype | None) -> Callable[[Tensor,
 
 
 def moving(case: Case, gradient: Callable[[Tensor, Tensor], Tensor]) -> Step:
-    """A step of PGD, see ``baselines.pgd_step``, by a function from inputs and labels to the gradient."""
+    """A step of PGD, see ``attack_step.pgd_step``, by a function from inputs and labels to the gradient."""
 
     def step(x_adv: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         direction = gradient(x_adv, y)

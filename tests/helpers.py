@@ -15,8 +15,12 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 import gradprune.backend
+from gradprune.passes import prepack_convolutions
 from gradprune.torch_compat import dynamo
 from gradprune.workloads.vision import let_torchvision_import
+
+SHIPPED_WORTH_FLOPS = prepack_convolutions.WORTH_FLOPS
+"""What tests set to zero, as it is shipped."""
 
 # --- Attack steps -----------------------------------------------------------------------------------------------------
 

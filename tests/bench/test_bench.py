@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from gradprune.bench import baselines, cases, first_step, kernels, measure, plot, record, tables
-from gradprune.bench.baselines import Baseline, Contender, pgd_step
+from gradprune.bench.attack_step import move, pgd_step
+from gradprune.bench.baselines import Baseline, Contender
 from gradprune.bench.cases import CASES, TINY, Case, find_case
 from gradprune.bench.record import (
     COMPILED_MODEL,
@@ -259,8 +260,8 @@ def test_cases_are_deterministic_and_have_a_gradient(case: Case) -> None:
 
 def test_inputs_outside_of_images_are_not_clamped() -> None:
     x = torch.zeros(1, 1)
-    assert baselines.move(find_case("bert-64"), x, x, torch.tensor([[-1.0]])) < 0
-    assert baselines.move(TINY, x, x, torch.tensor([[-1.0]])) == 0
+    assert move(find_case("bert-64"), x, x, torch.tensor([[-1.0]])) < 0
+    assert move(TINY, x, x, torch.tensor([[-1.0]])) == 0
 
 
 # The check
@@ -287,7 +288,7 @@ def wrong_steps(work: cases.Workload) -> dict[str, measure.Step]:
 
     def gradient_at_x(x_adv: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         gradient = right(x, x, y)[1]
-        return baselines.move(work.case, x_adv, x, gradient), gradient
+        return move(work.case, x_adv, x, gradient), gradient
 
     def wrong_if_aliased(x_adv: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         return right(x_adv, x + 0.5 * (x_adv is x), y)

@@ -14,7 +14,7 @@ from torch import nn
 
 from gradprune.bench import demo_table as table
 from gradprune.bench import timing as measure
-from gradprune.bench.attack_step import attack, pgd_step, step_of
+from gradprune.bench.attack_step import Ball, attack, pgd_step
 from gradprune.bench.demo_candidates import EAGER, FROZEN, GRADPRUNE, INDUCTOR
 from gradprune.bench.demo_workload import RESNET_14, RESNET_50, Measured, Result, Workload
 from gradprune.cli import demo as command
@@ -236,7 +236,7 @@ def test_pgd_step_stays_in_the_ball_and_in_range(trained: DigitsNet, digits: Dig
     x_adv = x.clone()
     for _ in range(3):
         before = x_adv
-        x_adv, gradient = pgd_step(trained, x_adv, x, y, eps, step_size)
+        x_adv, gradient = pgd_step(trained, Ball(eps, step_size), backward=True)(x_adv, x, y)
         assert gradient.shape == x.shape
         assert (x_adv - before).abs().max() <= step_size + 1e-6
         assert (x_adv - x).abs().max() <= eps + 1e-6
@@ -249,7 +249,7 @@ def test_pgd_step_stays_in_the_ball_and_in_range(trained: DigitsNet, digits: Dig
 
 def test_pgd_fools_the_digits_network(trained: DigitsNet, digits: Digits) -> None:
     x, y = digits.test_x, digits.test_y
-    adversarial = attack(step_of(trained, 0.2, 0.05), x, y, steps=10)
+    adversarial = attack(pgd_step(trained, Ball(0.2, 0.05), backward=True), x, y, steps=10)
     assert measure.accuracy(trained, adversarial, y) < 0.5
     assert torch.equal(x, digits.test_x)
 
@@ -258,8 +258,8 @@ def test_frozen_parameters_do_not_change_the_gradient(resnet: nn.Module) -> None
     x = photo_batch(2, 32)
     y = torch.tensor([1, 2])
     live, frozen = copy.deepcopy(resnet), copy.deepcopy(resnet).requires_grad_(False)
-    _, full = pgd_step(live, x.clone(), x, y, 0.1, 0.1)
-    _, pruned = pgd_step(frozen, x.clone(), x, y, 0.1, 0.1)
+    _, full = pgd_step(live, Ball(0.1, 0.1), backward=True)(x.clone(), x, y)
+    _, pruned = pgd_step(frozen, Ball(0.1, 0.1), backward=True)(x.clone(), x, y)
     assert full.abs().max() > 0
     torch.testing.assert_close(full, pruned)
     assert all(parameter.grad is not None for parameter in live.parameters())
@@ -273,7 +273,7 @@ def test_float32_is_close_to_float64(trained: DigitsNet, digits: Digits) -> None
     x, y = digits.test_x[:16], digits.test_y[:16]
     exact = measure.float64_gradient(trained, x.clone(), x, y)
     assert exact.dtype is torch.float64
-    _, gradient = pgd_step(copy.deepcopy(trained), x.clone(), x, y, 0.1, 0.1)
+    _, gradient = pgd_step(copy.deepcopy(trained), Ball(0.1, 0.1), backward=True)(x.clone(), x, y)
     assert max(measure.relative_errors(gradient, exact)) < 1e-4
     largest, euclidean = measure.relative_errors(2 * exact.float(), exact)
     assert largest == pytest.approx(1, abs=1e-5)
@@ -287,10 +287,13 @@ def test_flops_and_saved_bytes_of_one_linear_layer() -> None:
     frozen = copy.deepcopy(live).requires_grad_(False)
     x, y = torch.rand(batch, inputs), torch.zeros(batch, dtype=torch.long)
     one = 2 * batch * inputs * outputs
-    assert measure.flops(step_of(live, 1, 1), x.clone(), x, y) == 3 * one
-    assert measure.flops(step_of(frozen, 1, 1), x.clone(), x, y) == 2 * one
+    assert measure.flops(pgd_step(live, Ball(1, 1), backward=True), x.clone(), x, y) == 3 * one
+    assert measure.flops(pgd_step(frozen, Ball(1, 1), backward=True), x.clone(), x, y) == 2 * one
     # The layer saves its weight and the image batch, which are alive anyway; the loss log-probabilities and a scalar.
-    assert measure.saved_bytes(step_of(frozen, 1, 1), frozen, x.clone(), x, y) == batch * outputs * 4 + 4
+    assert (
+        measure.saved_bytes(pgd_step(frozen, Ball(1, 1), backward=True), frozen, x.clone(), x, y)
+        == batch * outputs * 4 + 4
+    )
 
 
 def test_differing_share() -> None:

@@ -140,3 +140,26 @@ def networks(draw: Draw) -> Network:
     if draw(st.booleans()):
         layers += [nn.ReLU(), nn.Linear(4, 3, bias=False)]
     return Network(nn.Sequential(*layers).double(), input_shape, seed)
+
+
+@st.composite
+def wide_networks(draw: Draw) -> Network:
+    """A few convolutions of 3 by 3 and of so many channels that they are worth a kernel of their own."""
+    seed = draw(st.integers(0, 1000))
+    torch.manual_seed(seed)
+    input_shape = (draw(st.integers(2, 4)), draw(st.sampled_from([3, 16])), *(draw(st.sampled_from([16, 20])),) * 2)
+    shape: Shape = input_shape
+    layers: list[nn.Module] = []
+    for _ in range(draw(st.integers(2, 3))):
+        channels, padding = draw(st.sampled_from([16, 32])), draw(st.integers(0, 2))
+        layers.append(nn.Conv2d(shape[1], channels, 3, padding=padding, bias=draw(st.booleans())))
+        shape = (shape[0], channels, *(size + 2 * padding - 2 for size in shape[2:]))
+        if draw(st.booleans()):
+            norm = nn.BatchNorm2d(channels).eval()
+            nn.init.uniform_(norm.running_var, 0.5, 2)
+            layers.append(norm)
+        layers.append(draw(st.sampled_from([nn.ReLU, nn.SiLU, nn.Tanh]))())
+    layers += [nn.AvgPool2d(2), nn.Flatten(), nn.LazyLinear(5)]
+    module = nn.Sequential(*layers)
+    module(torch.zeros(input_shape))  # so that the last layer has its size
+    return Network(module.double(), input_shape, seed)

@@ -9,16 +9,19 @@ from unittest import mock
 
 import pytest
 import torch
-from helpers import interpret
+from helpers import SHIPPED_WORTH_FLOPS, interpret
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
-from random_networks import Network, networks
+from random_networks import Network, networks, wide_networks
 from torch import fx, nn
 
+import gradprune
 from gradprune import Options, Report
 from gradprune.compiler import pruning
 from gradprune.compiler.lower import compile_graph
 from gradprune.graph.step_graph import StepGraph
+from gradprune.ops import winograd
+from gradprune.passes import prepack_convolutions, winograd_convolutions
 from gradprune.passes.pipeline import run_passes
 from gradprune.report.recorder import Recorder
 from gradprune.torch_compat import dynamo
@@ -150,6 +153,81 @@ def test_model(network: Network):
     torch._dynamo.reset()
     actual = attack(torch.compile(network.module, backend=compiler, fullgraph=True))
     check(network, compiler, eager, actual, expected)
+
+
+# --- In float32, by kernels of their own ------------------------------------------------------------------------------
+
+
+def errors_in_float32(network: Network, way: str, compiled: Callable[[Any], Any]) -> tuple[float, float]:
+    """Distance to float64 of the compiled and of the eager gradient in float32, in the Euclidean norm."""
+    exact = STEPS[way](copy.deepcopy(network.module), network.input(seed=1))[0]
+    module, x = copy.deepcopy(network.module).float(), network.input(seed=1).float()
+    eager = STEPS[way](copy.deepcopy(module), x)[0]
+    ours = compiled(lambda x: STEPS[way](module, x)[0])(x)
+    assert all(parameter.grad is None for parameter in module.parameters())
+    return tuple(float((value.double() - exact).norm() / (exact.norm() + 1e-30)) for value in (ours, eager))  # type: ignore[return-value]
+
+
+def no_further_than_eager(errors: list[tuple[float, float]]) -> bool:
+    """Most are as close to float64 as eager is; an input that rounds to the other side of a kink may throw either off."""
+    return sum(ours <= 4 * eager + 1e-5 for ours, eager in errors) >= 0.85 * len(errors)
+
+
+def collect(strategy: Any, examples: int, compiled: Callable[[Any], Any]) -> list[tuple[float, float]]:
+    errors: list[tuple[float, float]] = []
+
+    @settings(PROFILE, max_examples=examples)
+    @given(strategy, st.sampled_from(sorted(STEPS)))
+    def each(network: Network, way: str) -> None:
+        assume(way != "func.grad" or not network.writes_buffers)
+        torch._dynamo.reset()
+        errors.append(errors_in_float32(network, way, compiled))
+
+    each()
+    return errors
+
+
+def compiled_strictly(step: Any) -> Any:
+    return gradprune.compile(step, strict=True, verify=True)
+
+
+@pytest.mark.usefixtures("no_code")
+def test_float32_is_no_further_from_float64_than_eager_is():
+    """With packed weights, as far as this processor has them: in float64 nothing is packed."""
+    assert no_further_than_eager(collect(networks(), 24, compiled_strictly))
+
+
+@pytest.mark.inductor
+def test_compiled_by_inductor():
+    assert no_further_than_eager(collect(networks(), 6, compiled_strictly))
+
+
+@pytest.mark.inductor
+@pytest.mark.parametrize("kernel", ["winograd", "packed", "as shipped"])
+def test_wide_networks(kernel: str, monkeypatch: pytest.MonkeyPatch):
+    """Each kernel forced in turn, and then whatever the shipped thresholds and this machine's timings choose."""
+    if kernel == "as shipped":
+        monkeypatch.setattr(prepack_convolutions, "WORTH_FLOPS", SHIPPED_WORTH_FLOPS)
+    else:
+        monkeypatch.setattr(winograd_convolutions, "_is_worth_it", lambda convolution: kernel == "winograd")
+    names = set()
+
+    def compiled(step: Any) -> Any:
+        fast = compiled_strictly(step)
+
+        def run(x: torch.Tensor) -> torch.Tensor:
+            gradient = fast(x)
+            names.update(change.operator for report in gradprune.reports(fast) for change in report.hoisted)
+            return gradient
+
+        return run
+
+    assert no_further_than_eager(collect(wide_networks(), 5, compiled))
+    if kernel == "winograd" and winograd.is_available():
+        assert "gradprune.winograd_weight" in names
+    if kernel == "packed" and torch.backends.mkldnn.is_available():
+        assert "gradprune.pack_convolution" in names
+        assert "gradprune.winograd_weight" not in names
 
 
 def test_the_oracle_sees_dead_nodes():
