@@ -169,7 +169,7 @@ def errors_in_float32(network: Network, way: str, compiled: Callable[[Any], Any]
 
 
 def no_further_than_eager(errors: list[tuple[float, float]]) -> bool:
-    """Most are as close to float64 as eager is; an input that rounds to the other side of a kink may throw either off."""
+    """Most are as close to float64 as eager is; an input that rounds across a kink may throw either off."""
     return sum(ours <= 4 * eager + 1e-5 for ours, eager in errors) >= 0.85 * len(errors)
 
 
