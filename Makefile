@@ -20,11 +20,15 @@ test: .venv/installed  ## The whole test suite.
 quick: .venv/installed  ## What a change of one pass needs.
 	$(BIN)/python $(PYTEST) -m "not inductor" $(QUICK)
 
+# Each with a cache of its own: Inductor's does not tell code apart by the instructions it was generated for.
 portability: .venv/installed  ## Numbers on older processors: with the instructions of SSE4, AVX2 and AVX-512.
-	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2 $(BIN)/python $(PYTEST) $(NUMERIC)
-	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 $(BIN)/python $(PYTEST) $(NUMERIC)
-	if grep -q avx512f /proc/cpuinfo; then ATEN_CPU_CAPABILITY=avx512 ONEDNN_MAX_CPU_ISA=AVX512_CORE \
-	  MKL_ENABLE_INSTRUCTIONS=AVX512 $(BIN)/python $(PYTEST) $(NUMERIC); fi
+	@for isa in "default SSE41 SSE4_2" "avx2 AVX2 AVX2" "avx512 AVX512_CORE AVX512"; do \
+	  set -- $$isa; \
+	  if [ $$1 = avx512 ] && ! grep -q avx512f /proc/cpuinfo; then echo "no AVX-512 here"; continue; fi; \
+	  echo "$$1:"; \
+	  ATEN_CPU_CAPABILITY=$$1 ONEDNN_MAX_CPU_ISA=$$2 MKL_ENABLE_INSTRUCTIONS=$$3 \
+	    TORCHINDUCTOR_CACHE_DIR=$$(mktemp -d) $(BIN)/python $(PYTEST) $(NUMERIC) || exit 1; \
+	done
 
 versions: $(TORCH_VERSIONS:%=.venvs/%/checked)  ## The probe and the quick tests with every supported torch; downloads 3 GB for each.
 

@@ -32,7 +32,7 @@ from gradprune.training import (
 from gradprune.workloads.digits import load_digits
 from gradprune.workloads.networks import DigitsNet
 
-from .record import Learned, Results
+from .record import ObjectiveRecord, Results
 
 EPS, STEPS, REPLAYS = 0.2, 7, 8
 BATCH, EPOCHS, LEARNING_RATE, SEED = 64, 20, 5e-3, 0
@@ -73,7 +73,7 @@ def measure_objectives(results: Results, names: Sequence[str], epochs: int, *, c
             print(f"{name}: already in {results.path}", file=sys.stderr)
 
 
-def learn(name: str, epochs: int, *, compile: bool = True) -> Learned:
+def learn(name: str, epochs: int, *, compile: bool = True) -> ObjectiveRecord:
     """Train with one objective, measuring clean accuracy and that under PGD of 20 steps after every epoch."""
     digits = load_digits()
     training = DataLoader(TensorDataset(digits.train_x, digits.train_y), BATCH, shuffle=True, drop_last=True)
@@ -90,7 +90,7 @@ def learn(name: str, epochs: int, *, compile: bool = True) -> Learned:
         attack = PGD(eps=EPS, step_size=EPS / 4, steps=20, seed=SEED)
         with stage(name):
             history = trainer.fit(training, epochs, validation=test, evaluation=attack, seed=SEED)
-    return Learned(
+    return ObjectiveRecord(
         CASE,
         name,
         seconds=[record["seconds"] for record in history.epochs],

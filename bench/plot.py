@@ -23,7 +23,7 @@ from .record import (
     Comparison,
     Contest,
     Iteration,
-    Learned,
+    ObjectiveRecord,
     Ratio,
     Record,
     Results,
@@ -219,7 +219,7 @@ def _by_epochs(results: Results) -> Any:
     """Accuracy under attack and clean accuracy over the epochs, a line for each objective."""
     figure = figure_of(12, 4.4)
     axes = figure.subplots(1, 2)
-    for i, record in enumerate(record for record in results.records if isinstance(record, Learned)):
+    for i, record in enumerate(record for record in results.records if isinstance(record, ObjectiveRecord)):
         epochs = range(1, len(record.robust) + 1)
         style: dict[str, Any] = {"color": "0.4", "linestyle": ":"} if record.candidate == "plain" else {}
         for axis, values in zip(axes, (record.robust, record.clean), strict=True):

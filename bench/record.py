@@ -275,7 +275,7 @@ class Trained(Timed):
 
 
 @dataclass(frozen=True)
-class Learned(Timed):
+class ObjectiveRecord(Timed):
     """What an objective of adversarial training has come to.
 
     Attributes:
@@ -299,14 +299,14 @@ class Learned(Timed):
     updates: int = 0
 
 
-AnyRecord: TypeAlias = "Record | Kernels | Attacked | Trained | Learned"
+AnyRecord: TypeAlias = "Record | Kernels | Attacked | Trained | ObjectiveRecord"
 
-KINDS: dict[str, type[Record] | type[Kernels] | type[Attacked] | type[Trained] | type[Learned]] = {
+KINDS: dict[str, type[Record] | type[Kernels] | type[Attacked] | type[Trained] | type[ObjectiveRecord]] = {
     **dict.fromkeys(("step", "scaling", "ablation", "overhead", "compile"), Record),
     "kernels": Kernels,
     "attacks": Attacked,
     "training": Trained,
-    "objectives": Learned,
+    "objectives": ObjectiveRecord,
 }
 """By kind of run, and so by name of its file, what that holds."""
 
@@ -590,6 +590,6 @@ class Results:
             return Contest(self.records, one.part, one.case, one.attack).derived(one.candidate)
         if isinstance(one, Trained):
             return Iteration(self.records, one.case, one.steps).derived(one.candidate)
-        if isinstance(one, Learned):
+        if isinstance(one, ObjectiveRecord):
             return {"seconds": one.median}
         return Comparison(self.records, one.case).derived(one.candidate)

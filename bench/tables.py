@@ -23,7 +23,7 @@ from .record import (
     Contest,
     Iteration,
     Kernels,
-    Learned,
+    ObjectiveRecord,
     Ratio,
     Record,
     Results,
@@ -453,7 +453,7 @@ def _training(results: Results) -> list[str]:
 
 def _objectives(results: Results) -> str:
     """What every objective has come to, plain training first."""
-    records = {record.candidate: record for record in results.records if isinstance(record, Learned)}
+    records = {record.candidate: record for record in results.records if isinstance(record, ObjectiveRecord)}
     plain, madry = (records.get(name) for name in ("plain", "pgd"))
     rows = []
     for name, record in records.items():

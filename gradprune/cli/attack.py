@@ -40,12 +40,13 @@ def run(arguments: argparse.Namespace) -> int:
         OptionError: Something was asked for that does not exist, or the output cannot be written.
         GradpruneError: The attack cannot be run on this model with these inputs, or something is not installed.
     """
-    with prepared(arguments) as work:
-        (job,) = work.jobs([work.attacks[0] if work.attacks else work.clean], lambda slug: work.output)
-        record = work.carry_out(job, keep=len(work.subject.data))
-        if work.ranks.is_first:
-            drawn = work.draw(job, record)
+    with prepared(arguments) as evaluation:
+        attack = evaluation.attacks[0] if evaluation.attacks else evaluation.clean
+        (job,) = evaluation.jobs([attack], lambda slug: evaluation.output)
+        record = evaluation.carry_out(job, keep=len(evaluation.subject.data))
+        if evaluation.ranks.is_first:
+            drawn = evaluation.draw(job, record)
             print(text([record]))
-            print(f"Saved in {work.output}: adversarial.npz, record.json{', pictures.png' if drawn else ''}.")
-        work.ranks.wait()
+            print(f"Saved in {evaluation.output}: adversarial.npz, record.json{', pictures.png' if drawn else ''}.")
+        evaluation.ranks.wait()
     return 0

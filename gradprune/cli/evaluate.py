@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from gradprune.attacks.registry import CLEAN, DEFAULT_STEP_SIZE, AttackOptions, build_attacks
+from gradprune.attacks.registry import DEFAULT_STEP_SIZE, AttackOptions, build_attacks
 from gradprune.errors import OptionError
-from gradprune.evaluation.run import Subject
-from gradprune.evaluation.work import PICTURES, RESULTS, Work
-from gradprune.runtime import Runtime
+from gradprune.evaluation.evaluation import PICTURES, Evaluation
 from gradprune.support.distributed import started
-from gradprune.support.environment import environment
 from gradprune.workloads.data_sets import load_data
-from gradprune.workloads.models import fingerprint, load_model
+from gradprune.workloads.models import load_model
 
 from .options import (
     AUTOCAST,
@@ -150,19 +144,15 @@ def run(arguments: argparse.Namespace) -> int:
         OptionError: Something was asked for that does not exist, or the output cannot be written.
         GradpruneError: An attack cannot be run on this model with these inputs, or something is not installed.
     """
-    with prepared(arguments) as work:
-        jobs = work.jobs([work.clean, *work.attacks], lambda slug: work.output / RESULTS / slug)
-        keep = len(work.subject.data) if arguments.keep_examples else PICTURES
-        done = [(job, work.carry_out(job, PICTURES if job.label == CLEAN else keep)) for job in jobs]
-        if work.ranks.is_first:
-            written = work.report(done)
-            print(f"Saved in {work.output}: {', '.join(written)}.")
-        work.ranks.wait()
+    with prepared(arguments) as evaluation:
+        _, written = evaluation.run_all(keep_examples=arguments.keep_examples)
+        if evaluation.ranks.is_first:
+            print(f"Saved in {evaluation.output}: {', '.join(written)}.")
     return 0
 
 
 @contextmanager
-def prepared(arguments: argparse.Namespace) -> Iterator[Work]:
+def prepared(arguments: argparse.Namespace) -> Iterator[Evaluation]:
     """Check and load everything that was asked for: what can be known to fail fails here, before any work."""
     options = _attack_options(arguments)
     attacks = build_attacks(options)
@@ -177,26 +167,20 @@ def prepared(arguments: argparse.Namespace) -> Iterator[Work]:
         with stage("loading model and data") if ranks.is_first else nullcontext():
             model = load_model(model_options(arguments), arguments.seed)
             samples = load_data(data_options(arguments))
-        determines = {
-            **_versions(),
-            "model": fingerprint(model),
-            "data": samples.fingerprint,
-            "batch_size": min(arguments.batch_size, len(samples)),
-            "seed": arguments.seed,
-            "autocast": arguments.autocast,
-            "compile": not arguments.no_compile,
-            "device": device.type,
-        }
-        runtime = Runtime(
-            compile=not arguments.no_compile,
+        yield Evaluation.prepare(
+            model,
+            samples,
+            attacks,
+            arguments.output,
+            device=device,
+            batch_size=arguments.batch_size,
+            bounds=options.bounds,
+            seed=arguments.seed,
             autocast=autocast_type(arguments.autocast),
-            batch_size=determines["batch_size"],
-            progress=ranks.is_first and sys.stderr.isatty(),
+            compile=not arguments.no_compile,
+            name=_model_name(arguments),
+            ranks=ranks,
         )
-        subject = Subject(model.to(device), samples, device, determines["batch_size"], runtime, options.bounds)
-        subject.check()
-        names = (_model_name(arguments), samples.name)
-        yield Work(subject, attacks, ranks, arguments.output, names, determines, arguments.seed)
 
 
 def _attack_options(arguments: argparse.Namespace) -> AttackOptions:
@@ -214,10 +198,6 @@ def _attack_options(arguments: argparse.Namespace) -> AttackOptions:
         seed=arguments.seed,
         settings=dict(arguments.set),
     )
-
-
-def _versions() -> dict[str, str]:
-    return {"gradprune": str(environment()["gradprune"]), "torch": torch.__version__}
 
 
 def _model_name(arguments: argparse.Namespace) -> str:

@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from gradprune.attacks import NORMS, Attack, Runtime
 from gradprune.attacks.registry import DEFAULT_STEP_SIZE, AttackOptions, StepSize, build_attacks
 from gradprune.errors import OptionError, unknown
-from gradprune.evaluation.run import Subject
+from gradprune.evaluation.run import ModelOnData
 from gradprune.evaluation.tables import aligned, eps_text
 from gradprune.support.distributed import started
 from gradprune.support.files import write_text
@@ -642,7 +642,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _check(model: nn.Module, data: Data, device: torch.device, bounds: tuple[float, float]) -> None:
     """Make sure that the model takes the data."""
-    subject = Subject(model, data, device, 1, Runtime(compile=False), bounds)
+    subject = ModelOnData(model, data, device, 1, Runtime(compile=False), bounds)
     subject.check()
     x, _ = subject.batch(0)
     check_labels(data, subject.logits(x).shape[1])

@@ -1,6 +1,6 @@
-"""The ``gradprune attack`` and ``gradprune evaluate`` commands: models, data and attacks by name, and what came of it.
+"""Accuracy under attacks: measured batch by batch, kept in files, shown in tables, plots and pictures."""
 
-``command`` parses and orders the work; ``models`` and ``data`` load what is attacked, ``attacks`` makes attacks of
-options; ``evaluate`` runs one on a data set, in batches that ``distributed`` deals out; ``records`` keeps what is done,
-so that a second call goes on; ``tables`` and ``plots`` show it; ``work`` holds all of this together.
-"""
+from .evaluation import Evaluation, evaluate
+from .records import Record
+
+__all__ = ["Evaluation", "Record", "evaluate"]

@@ -78,7 +78,7 @@ class Record:
 
 
 @dataclass(frozen=True)
-class Place:
+class ResultFolder:
     """Where one result is kept, finished or not.
 
     Attributes:

@@ -20,7 +20,7 @@ from gradprune.errors import AttackError, GradpruneError
 from gradprune.support.distributed import Ranks
 from gradprune.workloads.data_sets import Data
 
-from .records import Arrays, Place, Record, read_arrays, write_arrays
+from .records import Arrays, Record, ResultFolder, read_arrays, write_arrays
 
 TOLERANCE = 1e-6
 TOP = 5
@@ -39,7 +39,7 @@ STATISTICS = (
 
 
 @dataclass(frozen=True)
-class Subject:
+class ModelOnData:
     """What is attacked, and how.
 
     Attributes:
@@ -94,7 +94,7 @@ class Subject:
 
 
 def compute(
-    subject: Subject, attack: Attack, place: Place, ranks: Ranks, update: Callable[[], object], *, seed: int
+    subject: ModelOnData, attack: Attack, place: ResultFolder, ranks: Ranks, update: Callable[[], object], *, seed: int
 ) -> None:
     """Attack this process's share of the batches; what is done already is not done again.
 
@@ -114,7 +114,7 @@ def compute(
         update()
 
 
-def collect(subject: Subject, attack: Attack, place: Place, keep: int) -> tuple[dict[str, Any], Arrays]:
+def collect(subject: ModelOnData, attack: Attack, place: ResultFolder, keep: int) -> tuple[dict[str, Any], Arrays]:
     """The figures of a record from all batches, and the first ``keep`` adversarial examples."""
     files = [place.batch(number) for number in range(subject.batches)]
     parts = [read_arrays(file, STATISTICS) for file in files]
@@ -154,7 +154,7 @@ def norm_of(attack: Attack) -> str:
     return str(getattr(attack, "norm", "linf" if isinstance(attack, Clean) else "l2"))
 
 
-def _attacked(subject: Subject, attack: Attack, place: Place, number: int, seed: int) -> Arrays:
+def _attacked(subject: ModelOnData, attack: Attack, place: ResultFolder, number: int, seed: int) -> Arrays:
     """Attack one batch."""
     x, y = subject.batch(number)
     Clean(bounds=attack.bounds, seed=seed)(subject.model, x, y, runtime=subject.runtime)
@@ -191,7 +191,14 @@ def _attacked(subject: Subject, attack: Attack, place: Place, number: int, seed:
 
 
 def _in_parts(
-    subject: Subject, attack: AutoAttack, x: Tensor, y: Tensor, clean: Tensor, place: Place, number: int, seed: int
+    subject: ModelOnData,
+    attack: AutoAttack,
+    x: Tensor,
+    y: Tensor,
+    clean: Tensor,
+    place: ResultFolder,
+    number: int,
+    seed: int,
 ) -> tuple[Tensor, float]:
     """AutoAttack, with what it has reached written down after each of its parts."""
     if x.ndim != 4:  # its last part would find that out after all others
@@ -256,7 +263,7 @@ def check_examples(attack: Attack, x: Tensor, x_adv: Tensor, norms: Tensor) -> N
             )
 
 
-def record_of(figures: dict[str, Any], *, attack: Attack, label: str, place: Place, **others: Any) -> Record:
+def record_of(figures: dict[str, Any], *, attack: Attack, label: str, place: ResultFolder, **others: Any) -> Record:
     """A record from the figures of ``collect``."""
     return Record(
         key=place.key,

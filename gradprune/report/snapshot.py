@@ -26,7 +26,7 @@ OUTPUT_ROLES = {
 
 
 @dataclass(frozen=True)
-class Seen:
+class NodeSummary:
     """One node.
 
     Attributes:
@@ -52,7 +52,7 @@ class Snapshot:
             is computed if that needs a reason.
     """
 
-    nodes: dict[str, Seen] = field(default_factory=dict)
+    nodes: dict[str, NodeSummary] = field(default_factory=dict)
     outputs: list[tuple[str | None, str, str]] = field(default_factory=list)
 
     @staticmethod
@@ -64,7 +64,7 @@ class Snapshot:
                 role = step_graph.inputs.get(node)
                 operator = overload_name(node) if role is None else INPUT_ROLES[role]
                 inputs = tuple(operand.name for operand in node.all_input_nodes)
-                nodes[node.name] = Seen(operator, source_line(node), inputs, node.op == "call_function")
+                nodes[node.name] = NodeSummary(operator, source_line(node), inputs, node.op == "call_function")
         outputs = []
         for position, (value, role_) in enumerate(zip(step_graph.output_values(), step_graph.outputs, strict=True)):
             name = value.name if isinstance(value, fx.Node) else None

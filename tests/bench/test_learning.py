@@ -9,7 +9,7 @@ import pytest
 
 from gradprune import OptionError
 from gradprune.bench import objectives, plot, tables
-from gradprune.bench.record import Learned, Results, Settings
+from gradprune.bench.record import ObjectiveRecord, Results, Settings
 from gradprune.cli.main import main
 from gradprune.training import OBJECTIVES
 
@@ -26,8 +26,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
 
 def test_records(results: Results) -> None:
     plain, fast = results.records
-    assert isinstance(plain, Learned)
-    assert isinstance(fast, Learned)
+    assert isinstance(plain, ObjectiveRecord)
+    assert isinstance(fast, ObjectiveRecord)
     for record in (plain, fast):
         assert [len(each) for each in (record.seconds, record.loss, record.clean, record.robust)] == [2] * 4
         assert record.updates == 2 * (1347 // 64)

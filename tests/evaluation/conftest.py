@@ -12,7 +12,8 @@ import pytest
 import torch
 from project import SOURCE, Project
 
-from gradprune.evaluation import plots, work
+from gradprune.evaluation import evaluation as work
+from gradprune.evaluation import plots
 
 counter = itertools.count()
 

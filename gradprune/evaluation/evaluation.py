@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from gradprune.attacks import Attack
 from gradprune.attacks.registry import CLEAN, Clean, label_of
+from gradprune.runtime import Runtime
 from gradprune.support.distributed import Ranks
 from gradprune.support.environment import environment
 from gradprune.support.figures import can_draw
 from gradprune.support.files import write_text
+from gradprune.workloads.data_sets import Data
+from gradprune.workloads.models import fingerprint
 
 from .plots import examples_of, save_accuracy, save_examples, title_of
-from .records import EXAMPLES, Place, Record, key_of, read_arrays, read_records
-from .run import Subject, collect, compute, record_of, settings_of
+from .records import EXAMPLES, Record, ResultFolder, key_of, read_arrays, read_records
+from .run import ModelOnData, collect, compute, record_of, settings_of
 from .tables import document, eps_text, order, text
 
 PICTURES = 4
@@ -30,17 +34,21 @@ MOST_ROWS = 40
 RESULTS = "results"
 
 
+AUTOCAST: dict[torch.dtype | None, str] = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+"""Names of types, as they are given on the command line."""
+
+
 @dataclass(frozen=True)
 class Job:
     """One attack to run: its name in tables, itself, and where its result is kept."""
 
     label: str
     attack: Attack
-    place: Place
+    place: ResultFolder
 
 
 @dataclass(frozen=True)
-class Work:
+class Evaluation:
     """Everything that was asked for, loaded and checked.
 
     Attributes:
@@ -53,13 +61,88 @@ class Work:
         seed: Of all random numbers.
     """
 
-    subject: Subject
+    subject: ModelOnData
     attacks: list[tuple[str, Attack]]
     ranks: Ranks
     output: Path
     names: tuple[str, str]
     determines: dict[str, Any]
     seed: int
+
+    @staticmethod
+    def prepare(
+        model: nn.Module,
+        data: Data,
+        attacks: Sequence[tuple[str, Attack]],
+        output: Path,
+        *,
+        device: torch.device,
+        batch_size: int = 128,
+        bounds: tuple[float, float] = (0.0, 1.0),
+        seed: int = 0,
+        autocast: torch.dtype | None = None,
+        compile: bool = True,
+        name: str | None = None,
+        ranks: Ranks = Ranks(),  # noqa: B008
+    ) -> Evaluation:
+        """Check what can be known to fail before any work.
+
+        Args:
+            model: From inputs ``(N, ...)`` to logits ``(N, classes)``, in evaluation mode; it is moved to ``device``.
+            data: What to attack it with.
+            attacks: With the names they have in ``gradprune.attacks.registry``.
+            output: An existing folder to write to.
+            device: Where to compute.
+            batch_size: Samples in a batch.
+            bounds: Smallest and largest valid input.
+            seed: Of all random numbers.
+            autocast: Type to run the model in.
+            compile: Compile the attacks with gradprune.
+            name: The model's in tables; by default that of its class.
+            ranks: The processes that share the work.
+
+        Raises:
+            GradpruneError: The model does not take the data.
+        """
+        batch_size = min(batch_size, len(data))
+        determines: dict[str, Any] = {
+            "gradprune": str(environment()["gradprune"]),
+            "torch": torch.__version__,
+            "model": fingerprint(model),
+            "data": data.fingerprint,
+            "batch_size": batch_size,
+            "seed": seed,
+            "autocast": AUTOCAST.get(autocast),
+            "compile": compile,
+            "device": device.type,
+        }
+        runtime = Runtime(
+            compile=compile,
+            autocast=autocast,
+            batch_size=batch_size,
+            progress=ranks.is_first and sys.stderr.isatty(),
+        )
+        subject = ModelOnData(model.to(device), data, device, batch_size, runtime, bounds)
+        subject.check()
+        names = name or type(model).__name__, data.name
+        return Evaluation(subject, list(attacks), ranks, output, names, determines, seed)
+
+    def run_all(self, *, keep_examples: bool = False) -> tuple[list[Record], list[str]]:
+        """Run all attacks, and none for clean accuracy, unless that is done; write everything.
+
+        Args:
+            keep_examples: Keep all adversarial examples, not only those that are drawn.
+
+        Returns:
+            The records, that of no attack first, and what was written, by name. Of several processes, only the first
+            one writes.
+        """
+        jobs = self.jobs([self.clean, *self.attacks], lambda slug: self.output / RESULTS / slug)
+        keep = len(self.subject.data) if keep_examples else PICTURES
+        done = [(job, self.carry_out(job, PICTURES if job.label == CLEAN else keep)) for job in jobs]
+        written = self.report(done) if self.ranks.is_first else []
+        self.ranks.wait()
+        return [record for _, record in done], written
 
     @property
     def clean(self) -> tuple[str, Attack]:
@@ -84,7 +167,7 @@ class Work:
             key = key_of({**self.determines, "attack": settings})
             autocast = self.determines["autocast"]
             label = label_of(name, attack) + (f", {autocast}" if autocast and name != CLEAN else "")
-            jobs.append(Job(label, attack, Place(folder(_slug(name, settings, key)), key)))
+            jobs.append(Job(label, attack, ResultFolder(folder(_slug(name, settings, key)), key)))
         self.ranks.agree([job.place.key for job in jobs], self.output)
         return jobs
 
@@ -192,3 +275,42 @@ def _bar(description: str, total: int, *, shown: bool) -> Iterator[Callable[[], 
         return
     with counter(description, total) as bar:
         yield bar.update
+
+
+def evaluate(
+    model: nn.Module,
+    data: Data,
+    attacks: Mapping[str, Attack] | Sequence[tuple[str, Attack]],
+    output: Path | str,
+    *,
+    device: torch.device | str = "cpu",
+    keep_examples: bool = False,
+    **settings: Any,
+) -> list[Record]:
+    """Measure a model's accuracy under attacks, as ``gradprune evaluate`` does.
+
+    Finished batches are kept in the output folder until all are done: called again, it goes on where it ended.
+
+        data = load_data(DataOptions("images.npz"))
+        records = evaluate(model, data, {"pgd": PGD(eps=8 / 255), "autoattack": AutoAttack(eps=8 / 255)}, "results")
+
+    Args:
+        model: From inputs ``(N, ...)`` to logits ``(N, classes)``, in evaluation mode.
+        data: What ``gradprune.workloads.data_sets.load_data`` returns.
+        attacks: By names that tables have.
+        output: Folder for records, tables, plots and pictures; it is made if there is none.
+        device: Where to compute.
+        keep_examples: Keep all adversarial examples.
+        settings: See ``Evaluation.prepare``.
+
+    Returns:
+        The records, that of no attack first.
+
+    Raises:
+        GradpruneError: The model does not take the data, or an attack cannot be run.
+    """
+    folder = Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    named = list(attacks.items()) if isinstance(attacks, Mapping) else list(attacks)
+    evaluation = Evaluation.prepare(model, data, named, folder, device=torch.device(device), **settings)
+    return evaluation.run_all(keep_examples=keep_examples)[0]
