@@ -30,12 +30,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Carry out ``gradprune attack``.
 
-    Args:
-        arguments: What the parser returned.
-
-    Returns:
-        The exit status, 0.
-
     Raises:
         OptionError: Something was asked for that does not exist, or the output cannot be written.
         GradpruneError: The attack cannot be run on this model with these inputs, or something is not installed.

@@ -165,12 +165,6 @@ def _add_options(parser: argparse.ArgumentParser, kind: str) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Carry out ``gradprune bench``.
 
-    Args:
-        arguments: What the parser returned.
-
-    Returns:
-        The exit status, 0.
-
     Raises:
         OptionError: Something was asked for that does not exist, or the output cannot be written.
         GradpruneError: Something the benchmarks need is not installed.

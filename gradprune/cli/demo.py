@@ -89,12 +89,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Carry out ``gradprune demo``.
 
-    Args:
-        arguments: What the parser returned.
-
-    Returns:
-        The exit status, 0.
-
     Raises:
         OptionError: The output directory cannot be written.
         GradpruneError: Something the demo needs is not installed.

@@ -134,12 +134,6 @@ def add_options(parser: argparse.ArgumentParser, *, several: bool) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Carry out ``gradprune evaluate``.
 
-    Args:
-        arguments: What the parser returned.
-
-    Returns:
-        The exit status, 0.
-
     Raises:
         OptionError: Something was asked for that does not exist, or the output cannot be written.
         GradpruneError: An attack cannot be run on this model with these inputs, or something is not installed.

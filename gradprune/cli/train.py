@@ -568,12 +568,6 @@ def _given(options: argparse.Namespace, *keys: str) -> dict[str, Any]:
 def run(arguments: argparse.Namespace) -> int:
     """Carry out ``gradprune train``.
 
-    Args:
-        arguments: What the parser returned.
-
-    Returns:
-        The exit status, 0.
-
     Raises:
         OptionError: Something was asked for that does not exist or does not go together, or the output cannot be
             written, or holds another run.

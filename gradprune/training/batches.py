@@ -1,8 +1,7 @@
 """Adversarial training, batch by batch: an inner attack without weight gradients, an outer step with them.
 
-Each is compiled on its own.
-
-Both read the same weights, which are inputs of the compiled code, so that an update recompiles neither.
+Each is compiled on its own. Both read the same weights, which are inputs of the compiled code, so that an update
+recompiles neither.
 """
 
 from __future__ import annotations
@@ -236,17 +235,11 @@ class BatchTrainer:
     def perturbed(self, changes: Sequence[Tensor | None]) -> Iterator[None]:
         """Within the block, ``changes`` are added to ``layers()``; behind it these are what they were, exactly."""
         layers = self.layers()
-        before = [weight.detach().clone() for weight in layers]
-        try:
-            with torch.no_grad():
-                for weight, change in zip(layers, changes, strict=True):
-                    if change is not None:
-                        weight.add_(change)
+        values = [
+            w.detach() if change is None else w.detach() + change for w, change in zip(layers, changes, strict=True)
+        ]
+        with _holding(layers, values):
             yield
-        finally:
-            with torch.no_grad():
-                for weight, value in zip(layers, before, strict=True):
-                    weight.copy_(value)
 
     def update(self) -> None:
         """Update the weights, once gradients of ``accumulate`` batches are there."""

@@ -194,26 +194,21 @@ def test_a_figure_that_cannot_be_counted(monkeypatch: pytest.MonkeyPatch, caplog
 # --- What torch no longer notes ---------------------------------------------------------------------------------------
 
 
-def without_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = pruning.PruningPass.__call__
+def without(key: str, *ops: str) -> Callable[[pytest.MonkeyPatch], None]:
+    """Takes something from what is noted on nodes, before passes see the graph."""
 
-    def call(self: pruning.PruningPass, graph: fx.Graph) -> None:
-        for node in graph.nodes:
-            node.meta.pop("desc", None)
-        original(self, graph)
+    def lose(monkeypatch: pytest.MonkeyPatch) -> None:
+        original = pruning.PruningPass.__call__
 
-    monkeypatch.setattr(pruning.PruningPass, "__call__", call)
+        def call(self: pruning.PruningPass, graph: fx.Graph) -> None:
+            for node in graph.nodes:
+                if not ops or node.op in ops:
+                    node.meta.pop(key, None)
+            original(self, graph)
 
+        monkeypatch.setattr(pruning.PruningPass, "__call__", call)
 
-def without_input_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = pruning.PruningPass.__call__
-
-    def call(self: pruning.PruningPass, graph: fx.Graph) -> None:
-        for node in graph.find_nodes(op="placeholder"):
-            node.meta.pop("desc", None)
-        original(self, graph)
-
-    monkeypatch.setattr(pruning.PruningPass, "__call__", call)
+    return lose
 
 
 def without_sources(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,24 +222,13 @@ def without_sources(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "compile_graph", compile_graph)
 
 
-def without_origins(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = pruning.PruningPass.__call__
-
-    def call(self: pruning.PruningPass, graph: fx.Graph) -> None:
-        for node in graph.nodes:
-            node.meta.pop("from_node", None)
-        original(self, graph)
-
-    monkeypatch.setattr(pruning.PruningPass, "__call__", call)
-
-
 @pytest.mark.parametrize(
     ("lose", "named", "kind"),
     [
-        (without_descriptors, "'desc'", "compiled as captured"),
-        (without_input_descriptors, "'desc'", "passes failed, compiled as captured"),
+        (without("desc"), "'desc'", "compiled as captured"),
+        (without("desc", "placeholder"), "'desc'", "passes failed, compiled as captured"),
         (without_sources, "'_dynamo_source'", "compiled as captured"),
-        (without_origins, "'from_node'", "passes failed, compiled as captured"),
+        (without("from_node"), "'from_node'", "passes failed, compiled as captured"),
     ],
 )
 def test_lost_information_is_named(
