@@ -30,15 +30,17 @@ portability: .venv/installed  ## Numbers on older processors: with the instructi
 	    TORCHINDUCTOR_CACHE_DIR=$$(mktemp -d) $(BIN)/python $(PYTEST) $(NUMERIC) || exit 1; \
 	done
 
-versions: $(TORCH_VERSIONS:%=.venvs/%/checked)  ## The probe and the quick tests with every supported torch; downloads 3 GB for each.
-
-.venvs/%/checked: pyproject.toml $(shell find gradprune passes tests -name '*.py')
-	$(PYTHON) -m venv .venvs/$*
-	.venvs/$*/bin/pip install --quiet "torch==$*" numpy scikit-learn tqdm pytest pytest-xdist hypothesis
-	.venvs/$*/bin/pip install --quiet --no-deps --editable .
-	.venvs/$*/bin/python -m gradprune.torch_compat.probe
-	.venvs/$*/bin/python $(PYTEST) -m "not inductor" $(QUICK)
-	touch $@
+versions:  ## The probe and the quick tests on every supported torch, and what differs; downloads 3 GB for each.
+	@status=0; for version in $(TORCH_VERSIONS); do \
+	  bin=.venvs/$$version/bin; \
+	  if [ ! -e .venvs/$$version/installed ]; then \
+	    $(PYTHON) -m venv .venvs/$$version && $$bin/pip install --quiet "torch==$$version" numpy scikit-learn tqdm \
+	      pytest pytest-xdist hypothesis && $$bin/pip install --quiet --no-deps --editable . \
+	      && touch .venvs/$$version/installed || { echo "torch $$version cannot be installed"; status=1; continue; }; \
+	  fi; \
+	  $$bin/python -m gradprune.torch_compat.probe || status=1; \
+	  $$bin/python $(PYTEST) -q --no-header -m "not inductor" $(QUICK) || status=1; \
+	done; exit $$status
 
 lint: .venv/installed  ## Style and types.
 	$(BIN)/ruff check .

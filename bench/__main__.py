@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import runpy
 import sys
 
-from gradprune.cli.main import main
-
 if __name__ == "__main__":
-    sys.exit(main(["bench", *sys.argv[1:]]))
+    sys.argv[1:1] = ["bench"]
+    runpy.run_module("gradprune", run_name="__main__")

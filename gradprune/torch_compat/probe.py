@@ -11,22 +11,13 @@ import functools
 import inspect
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import fx
-from torch._dynamo import config as dynamo_config
-from torch._dynamo import source, symbolic_convert
-from torch._dynamo.variables import constant
-from torch._functorch import config as functorch_config
-from torch._functorch._aot_autograd import descriptors, schemas
-from torch._inductor import codecache, compile_fx, custom_graph_pass
-from torch._inductor import config as inductor_config
-from torch._inductor.graph import GraphLowering
-
-from . import dynamo
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +28,7 @@ class Finding:
 
     Attributes:
         piece: Its name.
-        expected: What it was read to have.
+        expected: What it was read to have; empty if it is gone itself.
         costs: What does not work without it.
     """
 
@@ -46,7 +37,11 @@ class Finding:
     costs: str
 
     def __str__(self) -> str:
-        return f"{self.piece} has no {self.expected}: {self.costs}"
+        return (
+            f"{self.piece} has no {self.expected}: {self.costs}"
+            if self.expected
+            else f"{self.piece} is gone: {self.costs}"
+        )
 
 
 def _has(piece: Any, name: str) -> bool:
@@ -62,63 +57,53 @@ _NO_REPORT = "gradprune.reports finds nothing"
 _NO_PASSES = "passes do not run"
 _WRONG_METADATA = "steps with absent outputs, or models whose graph is kept, fail when they run"
 
-EXPECTED: tuple[tuple[str, Callable[[], Any], tuple[str, ...], str], ...] = (
-    ("torch._dynamo.config", lambda: dynamo_config, dynamo.TRACED_FLAGS, _NOT_TRACED),
-    ("Dynamo's GradSource", lambda: source.GradSource, ("base",), _NO_ROLES),
-    ("Dynamo's AttrSource", lambda: source.AttrSource, ("base", "member"), _NO_ROLES),
-    ("Dynamo's InstructionTranslator", lambda: symbolic_convert.InstructionTranslator, ("current_tx",), _NO_REPORT),
-    ("torch", lambda: torch, ("_TorchCompileWrapper",), _NO_REPORT),
-    ("Dynamo's constants", lambda: constant, ("CONSTANT_VARIABLE_NONE",), "frames behind a step may fail to compile"),
-    ("AOTAutograd's PlainAOTInput", lambda: descriptors.PlainAOTInput, ("idx",), _NO_ROLES),
-    ("AOTAutograd's PlainAOTOutput", lambda: descriptors.PlainAOTOutput, ("idx",), _NO_ROLES),
-    ("AOTAutograd's GradAOTOutput", lambda: descriptors.GradAOTOutput, ("grad_of",), _NO_ROLES),
-    (
-        "AOTAutograd's InputMutationAOTOutput",
-        lambda: descriptors.InputMutationAOTOutput,
-        ("mutated_input",),
-        _NO_ROLES,
-    ),
-    (
-        "AOTAutograd's metadata",
-        lambda: schemas.ViewAndMutationMeta,
-        ("bw_donated_idxs", "output_info"),
-        _WRONG_METADATA,
-    ),
-    ("AOTAutograd's output metadata", lambda: schemas.OutputAliasInfo, ("dynamic_dims",), _WRONG_METADATA),
+_DYNAMO, _AOT, _INDUCTOR = "torch._dynamo", "torch._functorch._aot_autograd", "torch._inductor"
+
+EXPECTED: tuple[tuple[str, tuple[str, ...], str], ...] = (
+    (f"{_DYNAMO}.config", ("trace_autograd_ops", "allow_rnn"), _NOT_TRACED),
+    (f"{_DYNAMO}.source:GradSource", ("base",), _NO_ROLES),
+    (f"{_DYNAMO}.source:AttrSource", ("base", "member"), _NO_ROLES),
+    (f"{_DYNAMO}.source", ("is_from_unspecialized_nn_module_source",), _NO_ROLES),
+    (f"{_DYNAMO}.symbolic_convert:InstructionTranslator", ("current_tx",), _NO_REPORT),
+    ("torch", ("_TorchCompileWrapper",), _NO_REPORT),
+    (f"{_DYNAMO}.variables.constant", ("CONSTANT_VARIABLE_NONE",), "frames behind a step may fail to compile"),
+    (f"{_AOT}.descriptors:PlainAOTInput", ("idx",), _NO_ROLES),
+    (f"{_AOT}.descriptors:PlainAOTOutput", ("idx",), _NO_ROLES),
+    (f"{_AOT}.descriptors:GradAOTOutput", ("grad_of",), _NO_ROLES),
+    (f"{_AOT}.descriptors:InputMutationAOTOutput", ("mutated_input",), _NO_ROLES),
+    (f"{_AOT}.schemas:ViewAndMutationMeta", ("bw_donated_idxs", "output_info"), _WRONG_METADATA),
+    (f"{_AOT}.schemas:OutputAliasInfo", ("dynamic_dims",), _WRONG_METADATA),
     (
         "torch._functorch.config",
-        lambda: functorch_config,
         ("enable_autograd_cache", "donated_buffer"),
         "cached code may be found that was never pruned",
     ),
     (
-        "torch._inductor.config",
-        lambda: inductor_config,
+        f"{_INDUCTOR}.config",
         ("joint_custom_pre_pass", "layout_optimization", "size_asserts", "alignment_asserts"),
         _NO_PASSES,
     ),
-    (
-        "Inductor's compile_fx",
-        lambda: compile_fx.compile_fx,
-        ("inner_compile", "config_patches", "decompositions"),
-        _NO_PASSES,
-    ),
-    ("Inductor's CustomGraphPass", lambda: custom_graph_pass.CustomGraphPass, ("uuid",), _NO_PASSES),
-    ("Inductor's layout choice", lambda: GraphLowering.decide_layout_opt, ("is_inference",), "layouts are not known"),
-    (
-        "Inductor's C++ cache",
-        lambda: codecache.CppPythonBindingsCodeCache,
-        ("load_pybinding",),
-        "there is no Winograd kernel",
-    ),
+    (f"{_INDUCTOR}.compile_fx:compile_fx", ("inner_compile", "config_patches", "decompositions"), _NO_PASSES),
+    (f"{_INDUCTOR}.custom_graph_pass:CustomGraphPass", ("uuid",), _NO_PASSES),
+    (f"{_INDUCTOR}.graph:GraphLowering.decide_layout_opt", ("is_inference",), "layouts are not known"),
+    (f"{_INDUCTOR}.output_code:CompiledFxGraph", ("source_code",), "reports list no kernels"),
+    (f"{_INDUCTOR}.codecache:CppPythonBindingsCodeCache", ("load_pybinding",), "there is no Winograd kernel"),
     (
         "torch._C",
-        lambda: torch._C,
         ("_will_engine_execute_node", "_current_autograd_node"),
         "asking a compiled model for a weight gradient is not refused",
     ),
 )
-"""Name, piece, what it has to have, and what does not work without."""
+"""Where a piece is, as ``module:name``, what it has to have, and what does not work without."""
+
+
+def _find(where: str) -> Any:
+    """The piece, or ``None`` if it is gone."""
+    module, _, path = where.partition(":")
+    try:
+        return functools.reduce(getattr, path.split(".") if path else (), import_module(module))
+    except (ImportError, AttributeError):
+        return None
 
 
 @functools.cache
@@ -128,13 +113,12 @@ def probe() -> tuple[Finding, ...]:
 
 
 def _look() -> Iterator[Finding]:
-    for name, piece, expected, costs in EXPECTED:
-        try:
-            looked_at = piece()
-        except AttributeError as error:
-            yield Finding(name, str(error), costs)
-            continue
-        yield from (Finding(name, each, costs) for each in expected if not _has(looked_at, each))
+    for where, expected, costs in EXPECTED:
+        piece = _find(where)
+        if piece is None:
+            yield Finding(where, "", costs)
+        else:
+            yield from (Finding(where, name, costs) for name in expected if not _has(piece, name))
 
 
 @functools.cache
@@ -146,6 +130,11 @@ def warn() -> None:
 
 def probe_step() -> list[Finding]:
     """Compile a step as gradprune does, with passes that only look, and say what torch did not note."""
+    from torch._functorch import config as functorch_config
+    from torch._inductor import compile_fx, custom_graph_pass
+
+    from . import dynamo
+
     found: list[Finding] = []
 
     def expect(holds: bool, piece: str, expected: str, costs: str) -> None:
@@ -200,7 +189,11 @@ def probe_step() -> list[Finding]:
 
 def main() -> int:
     """Print what was found; the exit status is 1 if anything was."""
-    found = [*probe(), *probe_step()]
+    found = list(probe())
+    try:
+        found += probe_step()
+    except Exception as error:
+        found.append(Finding("a small step", f"compilation ({error!r})", "nothing compiles"))
     for finding in found:
         print(finding)
     print(f"torch {torch.__version__}: {len(found) or 'all'} {'findings' if found else 'as expected'}")

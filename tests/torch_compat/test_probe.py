@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +15,6 @@ from torch import fx
 import gradprune
 from gradprune.compiler import lower
 from gradprune.torch_compat import dynamo, probe
-from gradprune.torch_compat.probe import Finding
 
 
 @pytest.fixture(autouse=True)
@@ -37,35 +38,42 @@ def test_as_a_program(capsys: pytest.CaptureFixture[str]):
     assert capsys.readouterr().out == f"torch {torch.__version__}: all as expected\n"
 
 
-@pytest.mark.parametrize(
-    ("name", "piece", "expected", "costs"), probe.EXPECTED, ids=[entry[0] for entry in probe.EXPECTED]
-)
-def test_every_piece_that_is_gone_is_named(
-    name: str, piece: Callable[[], Any], expected: tuple[str, ...], costs: str, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(probe, "EXPECTED", [(name, object, expected, costs)])
-    assert probe.probe() == tuple(Finding(name, each, costs) for each in expected)
-    probe.probe.cache_clear()
+PIECES = [(where, name) for where, names, _ in probe.EXPECTED for name in names]
 
-    def gone() -> None:
-        raise AttributeError("module has no attribute 'x'")
 
-    monkeypatch.setattr(probe, "EXPECTED", [(name, gone, expected, costs)])
-    (finding,) = probe.probe()
-    assert str(finding) == f"{name} has no module has no attribute 'x': {costs}"
+@pytest.mark.parametrize(("where", "name"), PIECES)
+def test_what_a_piece_has_lost_is_named(where: str, name: str, monkeypatch: pytest.MonkeyPatch):
+    piece = probe._find(where)
+    assert piece is not None
+    if dataclasses.is_dataclass(piece):
+        monkeypatch.setattr(piece, "__dataclass_fields__", {})
+        monkeypatch.delattr(piece, name, raising=False)
+    elif inspect.isfunction(piece):
+        monkeypatch.setattr(piece, "__signature__", inspect.Signature(), raising=False)
+    elif inspect.ismodule(piece) and hasattr(piece, "_config"):  # which keeps its settings elsewhere
+        monkeypatch.delitem(piece._config, name)
+    else:
+        owners = inspect.getmro(piece) if inspect.isclass(piece) else [piece]
+        monkeypatch.delattr(next(owner for owner in owners if name in vars(owner)), name)
+    assert (where, name) in [(finding.piece, finding.expected) for finding in probe.probe()]
+
+
+@pytest.mark.parametrize("where", ["torch._dynamo.no_such_module", "torch._dynamo.source:NoSuchSource"])
+def test_a_piece_that_is_gone_is_named(where: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(probe, "EXPECTED", [(where, ("base",), "nothing is pruned")])
+    assert list(map(str, probe.probe())) == [f"{where} is gone: nothing is pruned"]
 
 
 def test_the_first_compilation_warns_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
-    monkeypatch.setattr(probe, "EXPECTED", [("Dynamo's new toy", object, ("wheels",), "it does not roll")])
+    monkeypatch.setattr(probe, "EXPECTED", [("torch", ("wheels",), "it does not roll")])
     gm = fx.symbolic_trace(lambda x: x.sin())
     for node in gm.graph.find_nodes(op="placeholder"):
         node.meta["example_value"] = torch.rand(3)
     for _ in range(2):
         lower.compile_graph(gm, [torch.rand(3)], gradprune.Options(), inner_compile=lambda gm, *_, **__: gm.forward)
-    messages = [record.getMessage() for record in caplog.records if "new toy" in record.getMessage()]
+    messages = [record.getMessage() for record in caplog.records if "wheels" in record.getMessage()]
     assert messages == [
-        f"gradprune: torch {torch.__version__} is not what gradprune knows: Dynamo's new toy has no wheels: "
-        "it does not roll"
+        f"gradprune: torch {torch.__version__} is not what gradprune knows: torch has no wheels: it does not roll"
     ]
     assert caplog.records[0].levelno == logging.WARNING
 
