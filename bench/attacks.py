@@ -348,6 +348,8 @@ class EveryTarget(TargetedAPGD):
 class WholeEnsemble(AutoAttack):
     """AutoAttack that gives every part all samples, and has each part keep them."""
 
+    keeps_all = True
+
     @property
     def parts(self) -> tuple[Attack, ...]:
         """See ``AutoAttack.parts``."""
@@ -359,16 +361,6 @@ class WholeEnsemble(AutoAttack):
             else part
             for part in super().parts
         )
-
-    def run(self, query: Query, x: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
-        """See ``Attack.run``."""
-        result, is_open = x.clone(), ~self.is_fooled(query.logits(x), labels)
-        for part in self.usable_parts(query.classes):
-            found = part.run(query, x, labels, generator)
-            succeeds = is_open & self.is_fooled(query.logits(found), labels)
-            result[succeeds] = found[succeeds]
-            is_open &= ~succeeds
-        return result
 
 
 def pgd(case: Case, steps: int = 50) -> PGD:

@@ -6,7 +6,9 @@ attacks", section 5; for L1 Croce & Hein 2021, "Mind the box", section 6.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -43,6 +45,8 @@ class AutoAttack(Attack):
     targets: int = 9
 
     can_be_targeted = False
+    keeps_all: ClassVar[bool] = False
+    """Whether every part is given all samples."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -71,16 +75,43 @@ class AutoAttack(Attack):
             )
         logits = query.logits(x)
         check_finite(logits)
-        result = x.clone()
-        rows = (~self.is_fooled(logits, labels)).nonzero().squeeze(1)
-        for part in query.watch(self.usable_parts(query.classes), self.name):
+        result, is_open = x.clone(), ~self.is_fooled(logits, labels)
+
+        def attacked(part: Attack, rows: Tensor) -> tuple[Tensor, Tensor]:
+            found = part.run(query, x[rows], labels[rows], generator)
+            return found, self.is_fooled(query.logits(found), labels[rows])
+
+        for _ in self.in_parts(query.watch(self.usable_parts(query.classes), self.name), result, is_open, attacked):
+            pass
+        return result
+
+    def in_parts(
+        self,
+        parts: Iterable[Attack],
+        result: Tensor,
+        is_open: Tensor,
+        attacked: Callable[[Attack, Tensor], tuple[Tensor, Tensor]],
+    ) -> Iterator[None]:
+        """Run one part after the other, each on the samples that none before it has fooled.
+
+        Args:
+            parts: The parts.
+            result: Adversarial examples so far ``(N, C, H, W)``; written to.
+            is_open: Which samples are not fooled yet ``(N,)``; written to.
+            attacked: From a part and the rows that it attacks, what it found and which of these are fooled.
+
+        Yields:
+            After every part.
+        """
+        for part in parts:
+            rows = (is_open | self.keeps_all).nonzero().squeeze(1)
             if not len(rows):
                 break
-            found = part.run(query, x[rows], labels[rows], generator)
-            fooled = self.is_fooled(query.logits(found), labels[rows])
+            found, fooled = attacked(part, rows)
+            fooled = fooled & is_open[rows]
             result[rows[fooled]] = found[fooled]
-            rows = rows[~fooled]
-        return result
+            is_open[rows[fooled]] = False
+            yield
 
     def usable_parts(self, classes: int) -> list[Attack]:
         """The parts that make sense for a number of classes: the targeted DLR loss needs four."""

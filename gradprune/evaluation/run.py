@@ -211,15 +211,17 @@ def _in_parts(
         known = read_arrays(file)
         x_adv, is_open = torch.from_numpy(known["x_adv"]).to(x), torch.from_numpy(known["is_open"]).to(x.device)
         first, seconds = int(known["done"]), float(known["seconds"])
-    for done, part in enumerate(attack.usable_parts(clean.shape[1])[first:], start=first + 1):
-        rows = is_open.nonzero().squeeze(1)
-        if not len(rows):
-            break
-        started = time.perf_counter()
-        own = dataclasses.replace(part, seed=_seed(seed, number, done))
-        found = own(subject.model, x[rows], y[rows], runtime=subject.runtime)
-        fooled = _predictions(subject.logits(found)) != y[rows]
-        x_adv[rows[fooled]], is_open[rows[fooled]] = found[fooled], False
+    parts = [
+        dataclasses.replace(part, seed=_seed(seed, number, done))
+        for done, part in enumerate(attack.usable_parts(clean.shape[1]), start=1)
+    ]
+
+    def attacked(part: Attack, rows: Tensor) -> tuple[Tensor, Tensor]:
+        found = part(subject.model, x[rows], y[rows], runtime=subject.runtime)
+        return found, _predictions(subject.logits(found)) != y[rows]
+
+    started = time.perf_counter()
+    for done, _ in enumerate(attack.in_parts(parts[first:], x_adv, is_open, attacked), start=first + 1):
         _synchronize(x_adv)
         seconds += time.perf_counter() - started
         write_arrays(
@@ -231,6 +233,7 @@ def _in_parts(
                 "seconds": np.asarray(seconds),
             },
         )
+        started = time.perf_counter()
     return x_adv, seconds
 
 
