@@ -1,7 +1,7 @@
 """The benchmarks: ``python -m bench`` from the repository root, ``gradprune bench`` once installed; one code.
 
-``command`` parses and orders the work; ``cases`` are the networks, ``baselines`` the ways to attack them; ``measure``
-times the ways in turn and checks them, ``kernels`` times the layers alone, ``first_step`` compiles in processes of its
-own, ``attacks`` times whole attacks, of which ``attack_candidates`` are the ways; ``record`` keeps what was measured as
-JSON, ``tables`` and ``plot`` show it. ``results`` is data, not part of the package.
+``cases`` are the networks, ``baselines`` the ways to attack them, ``harness`` times the ways in turn, ``store`` keeps
+what was measured as JSON, ``report`` shows it. Then there is a file per benchmark with its options, its records, its
+table and its plot: ``step`` (``scaling``, ``ablation`` and ``overhead`` are the same otherwise), ``compile``,
+``kernels``, ``attacks``, ``training``, ``objectives``; and ``demo``, a preset. ``results`` is data.
 """

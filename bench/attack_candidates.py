@@ -35,9 +35,17 @@ from gradprune.torch_compat.aot import functorch_config
 from gradprune.workloads.vision import let_torchvision_import
 
 from .attack_step import Step
-from .baselines import DTYPES, Baseline, Contender
+from .baselines import DTYPES, GRADPRUNE, Baseline, Contender
 from .cases import SEED, Case, Workload
-from .record import GRADPRUNE, TORCHATTACKS, TORCHATTACKS_COMPILED, TORCHATTACKS_FROZEN, UNCOMPILED, Settings
+from .store import Settings
+
+TORCHATTACKS = "Torchattacks"
+TORCHATTACKS_FROZEN = "Torchattacks, frozen"
+TORCHATTACKS_COMPILED = "Torchattacks, frozen + compile(model)"
+UNCOMPILED = "gradprune, not compiled"
+
+RIVALS = (TORCHATTACKS, TORCHATTACKS_FROZEN, TORCHATTACKS_COMPILED, UNCOMPILED)
+"""What every whole attack is compared with by name."""
 
 CLASSES = 10
 """DeepFool of Torchattacks looks at all classes. With ten of them that is what gradprune's does by default."""
@@ -195,7 +203,7 @@ def with_ten_classes(work: Workload) -> Workload:
 
 
 def whole(attack: Callable[[Tensor, Tensor], Tensor]) -> Step:
-    """A whole attack ``(x, y) -> x_adv`` in the form of a single step, which is what ``measure`` can time in turn."""
+    """A whole attack ``(x, y) -> x_adv`` in the form of a single step, which is what can be timed in turn."""
 
     def step(x_adv: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         found = attack(x, y)

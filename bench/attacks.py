@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any
 
@@ -23,14 +25,44 @@ from gradprune.support.progress import counter, stage
 from gradprune.torch_compat.inductor import fresh_cache
 from gradprune.workloads.digits import load_digits
 
-from . import timing as figures
-from .attack_candidates import Method, our_contender, ways, whole, with_ten_classes
+from . import timing
+from .attack_candidates import (
+    RIVALS,
+    TORCHATTACKS,
+    TORCHATTACKS_COMPILED,
+    UNCOMPILED,
+    Method,
+    choose_methods,
+    our_contender,
+    torchattacks_version,
+    ways,
+    whole,
+    with_ten_classes,
+)
 from .attack_step import attack as take_steps
-from .baselines import Baseline, Contender, choose
+from .baselines import GRADPRUNE, Baseline, Contender, choose
+from .benchmark import Benchmark, Plan, add_budget, add_cases, add_settings, already, chosen_cases, packages_of
 from .cases import SEED, Case, Workload
-from .demo_candidates import start_compiler
-from .measure import MIN_ROUNDS, Budget, CheckFailed, load_average, reason, synchronize, time_rounds
-from .record import ACTIVE_SET, BARE_STEP, FULL_BATCH, NOTHING_DROPPED, RUNTIME, Attacked, Results, Settings
+from .harness import (
+    MIN_ROUNDS,
+    Budget,
+    CheckFailed,
+    load_average,
+    reason,
+    start_compiler,
+    synchronize,
+    time_rounds,
+)
+from .report import OTHERS, OURS, SECOND, Bar, circumstances, draw_bars, eps_text, figure, grid, ratio_text, share
+from .store import Compared, Results, Settings, Timed
+
+BARE_STEP, RUNTIME = "bare compiled step", "through the runtime"
+ACTIVE_SET, FULL_BATCH, NOTHING_DROPPED = "active set", "active_set=False", "nothing dropped"
+
+PARTS = ("attacks", "overhead", "active-set")
+"""Of ``bench attacks``."""
+
+DEFAULT = ("mnist-cnn-b128", "resnet18-112-b8")
 
 OVERHEAD_STEPS = 50
 
@@ -45,11 +77,118 @@ STEPS, QUERIES, SEARCH_STEPS = 20, 200, 20
 
 LARGEST_EPS, HALVINGS = 0.5, 8
 
+
+# --- Records ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Attacked(Timed):
+    """What was measured of a whole attack, run in one way; ``None`` is what was not, or cannot be.
+
+    Attributes:
+        part: One of ``PARTS``.
+        case: Name of the case.
+        attack: Name of the attack.
+        candidate: Name of the way to run it.
+        failed: Why there are no figures; ``None`` if there are.
+        seconds: For every round, the seconds of the whole attack. Round ``i`` of all candidates of an attack on a case
+            ran in turn.
+        steps: How many steps these are of, where it is a figure of each that matters.
+        cold_seconds: Duration of the first attack, if it compiles, with empty disk caches.
+        eps: Radius of the ball, in the Linf norm.
+        norm: Name of the norm of ``distance``.
+        success_rate: Share of the inputs that the attack moved to another class than their label.
+        distance: Median norm of the perturbations that did.
+        differing: Share of the values of the adversarial examples that are not those of the first candidate, where the
+            attack draws nothing at random.
+        shown: Inputs that the network was shown during one attack, where it is not compiled.
+        outside: Of some attacks, the share of the time in which no compiled function ran.
+        other_verdicts: Samples that are fooled and were not by the whole batch, or the other way round.
+        compilations: How often the model was compiled.
+        load: Load average of the machine when the attack was begun.
+    """
+
+    part: str
+    case: str
+    attack: str
+    candidate: str
+    failed: str | None = None
+    seconds: list[float] = field(default_factory=list)
+    steps: int | None = None
+    cold_seconds: float | None = None
+    eps: float | None = None
+    norm: str | None = None
+    success_rate: float | None = None
+    distance: float | None = None
+    differing: float | None = None
+    shown: int | None = None
+    outside: list[float] = field(default_factory=list)
+    other_verdicts: int | None = None
+    compilations: int | None = None
+    load: float | None = None
+
+    @property
+    def compile_seconds(self) -> float | None:
+        """What the first attack took longer than the others."""
+        return None if self.cold_seconds is None else max(0.0, self.cold_seconds - self.median)
+
+    @property
+    def outside_share(self) -> float | None:
+        """Median of ``outside``."""
+        return statistics.median(self.outside) if self.outside else None
+
+    def derived(self, records: Sequence[Attacked]) -> dict[str, Any]:
+        """All that follows from the figures, for the readers of a JSON file."""
+        return Contest(records, self.part, self.case, self.attack).derived(self.candidate)
+
+
+class Contest(Compared[Attacked]):
+    """The records of one attack on one case, in all the ways it was run.
+
+    Args:
+        records: All records of a file.
+        part: One of ``PARTS``.
+        case: Name of the case.
+        attack: Name of the attack.
+    """
+
+    def __init__(self, records: Sequence[Attacked], part: str, case: str, attack: str) -> None:
+        self.part, self.case, self.attack = part, case, attack
+        self.records = [
+            record for record in records if (record.part, record.case, record.attack) == (part, case, attack)
+        ]
+        self.measured = {record.candidate: record for record in self.records if record.seconds}
+
+    @staticmethod
+    def all(records: Sequence[Attacked], part: str, case: str | None = None) -> list[Contest]:
+        """Those of one part, and of one case if it is given, each once and in their order."""
+        found = [record for record in records if record.part == part]
+        keys = dict.fromkeys((one.case, one.attack) for one in found if case in (None, one.case))
+        return [Contest(found, part, *key) for key in keys]
+
+    @property
+    def work(self) -> float | None:
+        """How many times as many inputs gradprune shows the network as Torchattacks does."""
+        ours, theirs = (self.measured.get(name) for name in (UNCOMPILED, TORCHATTACKS))
+        return ours.shown / theirs.shown if ours and theirs and ours.shown and theirs.shown else None
+
+    def derived(self, candidate: str) -> dict[str, Any]:
+        """All that follows from the figures, for the readers of a JSON file."""
+        if candidate not in self.measured:
+            return {}
+        record = self.measured[candidate]
+        return {
+            **self.figures(candidate),
+            "compile_seconds": record.compile_seconds,
+            "outside_share": record.outside_share,
+        }
+
+
 Measure = Callable[[Workload, Settings, Budget], list[Attacked]]
 
 
 def measure_attacks(
-    results: Results, cases: Sequence[Case], methods: Sequence[Method], parts: Sequence[str], budget: Budget
+    results: Results[Attacked], cases: Sequence[Case], methods: Sequence[Method], parts: Sequence[str], budget: Budget
 ) -> None:
     """Measure what ``results`` lack, and save after every attack.
 
@@ -57,15 +196,15 @@ def measure_attacks(
         results: The file.
         cases: The networks.
         methods: What to compare with Torchattacks on each of them.
-        parts: Which of ``record.PARTS``.
+        parts: Which of ``PARTS``.
         budget: How long to time each attack.
     """
     settings = results.settings
-    done = {(one.part, one.case, one.attack) for one in results.records if isinstance(one, Attacked)}
+    done = {(one.part, one.case, one.attack) for one in results.records}
 
     def add(part: str, case: str, attack: str, measure: Measure, prepare: Callable[[], Workload]) -> None:
         if (part, case, attack) in done:
-            print(f"{case}, {part}, {attack}: already in {results.path}", file=sys.stderr)
+            already(f"{case}, {part}, {attack}", results)
         else:
             results.add(measure(prepare(), settings, budget))
 
@@ -128,7 +267,7 @@ def run_in_turn(
     for baseline in baselines:
         trial = Trial(replace(blank, candidate=baseline.name))
         trials.append(trial)
-        # As in ``measure_case``: a compile time is one with empty caches.
+        # As in ``step.measure_workload``: a compile time is one with empty caches.
         empty = fresh_cache() if baseline.compiles else contextlib.nullcontext()
         with stage(f"{blank.case}, {blank.attack}: first attack, {baseline.name}"), empty:
             try:
@@ -237,7 +376,7 @@ def measure_method(method: Method, work: Workload, settings: Settings, budget: B
 def _compare(trials: Sequence[Trial], first: Tensor) -> None:
     for trial in trials:
         if trial.found is not None:
-            trial.record = replace(trial.record, differing=figures.differing_share(trial.found, first))
+            trial.record = replace(trial.record, differing=timing.differing_share(trial.found, first))
 
 
 # --- Beside the bare step ---------------------------------------------------------------------------------------------
@@ -490,3 +629,197 @@ def train(x: Tensor, y: Tensor) -> nn.Module:
             optimizer.step()
     optimizer.zero_grad()
     return model.eval()
+
+
+# --- Tables and plot --------------------------------------------------------------------------------------------------
+
+
+def _attacks(results: Results[Attacked]) -> list[str]:
+    """All sections about whole attacks."""
+    summary = [
+        [
+            f"{contest.case}, {contest.attack}",
+            figure(contest.measured[GRADPRUNE].median) if GRADPRUNE in contest.measured else "-",
+            *(ratio_text(contest.ratio(GRADPRUNE, rival), spread=True) for rival in RIVALS),
+            ratio_text(contest.work),
+        ]
+        for contest in Contest.all(results.records, "attacks")
+    ]
+    body = []
+    if summary:
+        head = ["attack", "gradprune s", *(f"vs {rival}" for rival in RIVALS), "inputs shown"]
+        body.append("## Summary\n\n" + grid(head, summary))
+    sections = [(case, "attacks", ATTACKS) for case in results.cases]
+    for title, part, columns in (
+        *sections,
+        ("Overhead", "overhead", OVERHEAD),
+        ("Active set", "active-set", ACTIVE_COLUMNS),
+    ):
+        contests = Contest.all(results.records, part, title if part == "attacks" else None)
+        records = [(contest, record) for contest in contests for record in contest.records]
+        if not records:
+            continue
+        body += [f"## {title}", circumstances([record for _, record in records])]
+        body += _reasons(record for _, record in records)
+        rows = ([column(contest, record) for column in columns.values()] for contest, record in records)
+        body.append(grid([*columns], rows))
+    return body
+
+
+def _reasons(records: Iterable[Attacked]) -> list[str]:
+    """Why some were not timed, each reason once."""
+    failed: dict[tuple[str, str], list[str]] = {}
+    for record in records:
+        if record.failed:
+            failed.setdefault((record.candidate, record.failed), []).append(record.attack)
+    return [f"**{candidate} failed:** {why} ({', '.join(attacks)})" for (candidate, why), attacks in failed.items()]
+
+
+Cell = Callable[[Contest, Attacked], str]
+
+
+def _timed(value: Callable[[Attacked], float | None]) -> Cell:
+    """A column about what has been timed."""
+    return lambda contest, record: figure(value(record)) if record.seconds else "-"
+
+
+def _against(baseline: str, *, inverse: bool = False, spread: bool = False) -> Cell:
+    """A column of ratios to one candidate; the inverse ones as percentages of its time."""
+
+    def cell(contest: Contest, record: Attacked) -> str:
+        ratio = contest.ratio(*((baseline, record.candidate) if inverse else (record.candidate, baseline)))
+        if not inverse:
+            return ratio_text(ratio, spread=spread)
+        return f"{ratio.median:.1%} ({ratio.low:.1%}-{ratio.high:.1%})" if ratio else "-"
+
+    return cell
+
+
+ATTACKS: dict[str, Cell] = {
+    "attack": lambda contest, record: f"{record.attack}, {record.candidate}",
+    "s": _timed(lambda record: record.median),
+    "IQR": _timed(lambda record: record.iqr),
+    **{f"vs {rival}": _against(rival) for rival in RIVALS},
+    "compile s": _timed(lambda record: record.compile_seconds),
+    "compilations": lambda contest, record: str(record.compilations or "-"),
+    "shown": lambda contest, record: "-" if record.shown is None else f"{record.shown:,}",
+    "success": lambda contest, record: share(record.success_rate),
+    "distance": lambda contest, record: f"{figure(record.distance)} {record.norm if record.distance else ''}".strip(),
+    "pixels off": lambda contest, record: share(record.differing),
+}
+
+
+OVERHEAD: dict[str, Cell] = {
+    "attack": lambda contest, record: f"{record.case}, {record.attack}, {record.candidate}",
+    "s": ATTACKS["s"],
+    "IQR": ATTACKS["IQR"],
+    "ms/step": _timed(lambda record: 1e3 * record.median / record.steps if record.steps else None),
+    f"vs {BARE_STEP}": _against(BARE_STEP, spread=True),
+    f"of {BARE_STEP}": _against(BARE_STEP, inverse=True),
+    "outside": lambda contest, record: "-" if record.outside_share is None else f"{record.outside_share:.2%}",
+    **{name: ATTACKS[name] for name in ("compile s", "success", "pixels off")},
+}
+
+
+ACTIVE_COLUMNS: dict[str, Cell] = {
+    "attack": ATTACKS["attack"],
+    "eps": lambda contest, record: "-" if record.eps is None else eps_text(record.eps, record.eps),
+    "s": ATTACKS["s"],
+    "IQR": ATTACKS["IQR"],
+    "of full batch": _against(FULL_BATCH, inverse=True),
+    "of nothing dropped": _against(NOTHING_DROPPED, inverse=True),
+    "robust accuracy": lambda contest, record: share(None if record.success_rate is None else 1 - record.success_rate),
+    "other verdicts": lambda contest, record: "-" if record.other_verdicts is None else str(record.other_verdicts),
+    **{name: ATTACKS[name] for name in ("compile s", "compilations")},
+}
+
+
+AGAINST = {
+    "attacks": (GRADPRUNE, {TORCHATTACKS: OURS, TORCHATTACKS_COMPILED: OTHERS, UNCOMPILED: SECOND}),
+    "active-set": (ACTIVE_SET, {FULL_BATCH: OURS, NOTHING_DROPPED: OTHERS}),
+}
+"""By part of ``bench attacks``: whose speed is shown, and relative to whom in which colour."""
+
+
+class AttacksBenchmark(Benchmark):
+    """``bench attacks``."""
+
+    name = "attacks"
+    help = "whole attacks beside Torchattacks; what the runtime costs, and what the active set saves"
+    record = Attacked
+    legend = """\
+- s: median over the rounds of the whole attack; IQR: its interquartile range. vs: how many times as fast as that way,
+  median of the ratios within each round; below 1 is slower. In brackets the quartiles of these ratios.
+- Torchattacks: the same algorithm with the same settings on live parameters; frozen: on a model whose parameters
+  require no gradient; frozen + compile(model): on torch.compile of that. gradprune: Runtime(), not compiled:
+  Runtime(compile=False), both with active_set=False: in Torchattacks, samples leave only where the algorithm says so.
+- Networks with more than ten classes are attacked as classifiers of their first ten: of more, DeepFool of Torchattacks
+  would look at all, which is another algorithm.
+- compile s: what the first attack took longer than the median, with empty disk caches and a compiler that is already
+  started; compilations: how often gradprune compiled the network (at most two batch sizes of gradients, two of logits).
+- shown: inputs that the network was shown during one attack, where it is not compiled; in the summary, how many times
+  as many as by Torchattacks. More or fewer is another amount of work: CW of Torchattacks stops as soon as the batch's
+  loss grows; Square takes its random course; DeepFool of Torchattacks runs ten backward passes for each input that it
+  shows, one input at a time, gradprune's one for each. Square is run in a tenth of the ball, to use up its queries.
+- success: inputs moved to another class; distance: median norm of these perturbations. pixels off: share of the
+  adversarial values that differ from those of Torchattacks by more than 1e-6, where the algorithm draws nothing at
+  random. DeepFool of Torchattacks overshoots at every step, the published algorithm and gradprune's at the end.
+- Every way was checked to return valid inputs within the ball; one that fails is not timed.
+- Overhead: PGD from the input itself. outside: share of an attack's time in which no compiled function ran, from a
+  clock around them; the median of some attacks that were not timed otherwise. vs bare step: the loop of `bench step`
+  over a step that is compiled as a whole, update included.
+- Active set: a network trained on handwritten digits, held-out digits and their true labels, in the smallest ball in
+  which a short PGD fools at least half of them. of full batch: time relative to the same attack with active_set=False.
+  AutoAttack drops between its parts, and between the classes that they aim at, what is fooled in any case. "nothing
+  dropped": all samples in every part and against every class; Square alone ends where it succeeds, as its algorithm has
+  it. other verdicts: samples that are fooled and are not with active_set=False, or the other way round."""
+
+    def add_options(self, parser: argparse.ArgumentParser) -> None:
+        """As ``Benchmark.add_options``."""
+        add = parser.add_argument
+        add_cases(parser, DEFAULT)
+        add("--attacks", nargs="+", metavar="NAME", help="such as fgsm, pgd-50, apgd-ce (default: all)")
+        parts = "beside Torchattacks, beside the bare step, with samples leaving (default: all three)"
+        add("--parts", nargs="+", choices=PARTS, default=PARTS, help=parts)
+        add_budget(parser, 60, "attack")
+        add_settings(parser)
+
+    def plans(self, arguments: argparse.Namespace, settings: Settings) -> list[Plan]:
+        """As ``Benchmark.plans``."""
+        cases, methods = chosen_cases(arguments, DEFAULT), choose_methods(arguments.attacks)
+        budget, parts = Budget(arguments.rounds, arguments.seconds), arguments.parts
+        digits = {"sklearn"} if "active-set" in parts else set()
+        return [
+            Plan(
+                self,
+                lambda results: measure_attacks(results, cases, methods, parts, budget),
+                packages_of(cases) | digits,
+                environment={"torchattacks": torchattacks_version()},
+            )
+        ]
+
+    def sections(self, results: Results[Any]) -> list[str]:
+        """As ``Benchmark.sections``."""
+        return _attacks(results)
+
+    def bars(self, records: Sequence[Attacked], case: str) -> list[Bar]:
+        """The bars of one case, from top to bottom."""
+        bars = []
+        for part, (candidate, rivals) in AGAINST.items():
+            for contest in Contest.all(records, part, case):
+                ratios = [(contest.ratio(candidate, rival), color) for rival, color in rivals.items()]
+                known = [(ratio, color) for ratio, color in ratios if ratio]
+                work = f", {contest.work:.1f}x the inputs" if contest.work and abs(contest.work - 1) > 0.1 else ""
+                for i, (against, color) in enumerate(known):
+                    label = "" if i else contest.attack + work
+                    bars.append(Bar(label, against.median, against.low, against.high, color))
+        return bars
+
+    def draw(self, results: Results[Any]) -> Any:
+        """As ``Benchmark.draw``."""
+        label = (
+            "times as fast (right of 1: faster), quartiles of the rounds: whole attacks as Torchattacks (red), as it "
+            "frozen + compile(model) (blue),\nas gradprune without compilation (grey); digits: as without the active "
+            "set (red), as with nothing dropped (blue)"
+        )
+        return draw_bars({case: self.bars(results.records, case) for case in results.cases}, label, ratios=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import importlib.util
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -17,44 +16,63 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
-from gradprune.compiler.options import Options
 from gradprune.errors import OptionError, unknown
-from gradprune.passes.pipeline import PASS_NAMES
 from gradprune.torch_compat.dynamo import dynamo_config
 
-from .attack_step import pgd_step
+from .attack_step import Step, pgd_step
 from .cases import Case, MnistCnn, Workload
-from .demo_candidates import Candidate
-from .record import (
-    COMPILED_MODEL,
-    COMPILED_STEP,
-    EAGER_BACKWARD,
-    EAGER_GRAD,
-    FROZEN,
-    GRADPRUNE,
-    JAX,
-    TUNED_GRADPRUNE,
-    TUNED_MODEL,
-    Settings,
-)
+from .store import Settings
+
+EAGER_BACKWARD = "eager backward()"
+EAGER_GRAD = "eager autograd.grad"
+FROZEN = "frozen eager"
+COMPILED_MODEL = "frozen + compile(model)"
+COMPILED_STEP = "compile(step)"
+TUNED_MODEL = "frozen + compile(model, max-autotune)"
+GRADPRUNE = "gradprune"
+TUNED_GRADPRUNE = "gradprune max-autotune"
+JAX = "jax jit(grad)"
+
+NAMED = (EAGER_BACKWARD, EAGER_GRAD, FROZEN, COMPILED_MODEL, COMPILED_STEP)
+"""What every candidate is compared with by name."""
+
+ALTERNATIVES = (FROZEN, COMPILED_MODEL, COMPILED_STEP, TUNED_MODEL)
+"""What a user could do today; the fastest of these is "the best alternative"."""
 
 DTYPES = {None: None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
-class Contender(Candidate):
-    """A candidate of the benchmarks.
+class Contender:
+    """One way to run an attack.
 
     Attributes:
+        name: Its name in the tables.
+        model: The model its step attacks. Each has a copy of its own, so that neither frozen parameters nor gradients
+            that accumulate in one can show in another, nor in the model that was given.
+        step: The attack step.
+        compiled: Whether its first call compiles.
+        reports: What gradprune says it did, as dictionaries; empty for everybody else and before the first call.
         context: Entered around its compilation and its attacks.
         autograd: Whether autograd keeps what its backward pass needs, so that it can be counted.
         foreign: Whether it runs outside torch, where its memory cannot be seen.
     """
 
+    name: str
+    model: nn.Module
+    step: Step
+    compiled: bool = False
+    reports: Callable[[], list[dict[str, Any]]] = list
     context: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
     autograd: bool = False
     foreign: bool = False
+
+    def clear_gradients(self) -> None:
+        """Forget the weight gradients that earlier steps left behind."""
+        for parameter in self.model.parameters():
+            parameter.grad = None
 
 
 @dataclass(frozen=True)
@@ -106,7 +124,7 @@ def _compiled_step(work: Workload, settings: Settings) -> Contender:
     return Contender(COMPILED_STEP, model, step, compiled=True, context=context)
 
 
-def _gradprune(name: str, mode: str | None = None, **options: Any) -> Callable[[Workload, Settings], Contender]:
+def compiled_by_us(name: str, mode: str | None = None, **options: Any) -> Callable[[Workload, Settings], Contender]:
     """The code of ``eager backward()`` on live parameters, compiled as a whole."""
 
     def build(work: Workload, settings: Settings) -> Contender:
@@ -139,8 +157,8 @@ BASELINES = (
     Baseline("compile-model", COMPILED_MODEL, _compiled_model(COMPILED_MODEL)),
     Baseline("compile-step", COMPILED_STEP, _compiled_step),
     Baseline("compile-model-tuned", TUNED_MODEL, _compiled_model(TUNED_MODEL, "max-autotune"), cuda_only=True),
-    Baseline("gradprune", GRADPRUNE, _gradprune(GRADPRUNE)),
-    Baseline("gradprune-tuned", TUNED_GRADPRUNE, _gradprune(TUNED_GRADPRUNE, "max-autotune"), cuda_only=True),
+    Baseline("gradprune", GRADPRUNE, compiled_by_us(GRADPRUNE)),
+    Baseline("gradprune-tuned", TUNED_GRADPRUNE, compiled_by_us(TUNED_GRADPRUNE, "max-autotune"), cuda_only=True),
     Baseline("jax", JAX, _jax),
 )
 
@@ -171,13 +189,3 @@ def choose(keys: Sequence[str] | None, device: str) -> list[Baseline]:
 def for_case(baselines: Sequence[Baseline], case: Case) -> list[Baseline]:
     """Those that exist for ``case``: there is one network written in JAX."""
     return [one for one in baselines if one.key != "jax" or case.network == "mnist-cnn"]
-
-
-def ablations() -> list[Baseline]:
-    """gradprune, then gradprune with each pass off, and with each option off that is on by default."""
-    off: dict[str, dict[str, Any]] = {name: {"disable": (name,)} for name in PASS_NAMES}
-    for option in dataclasses.fields(Options):
-        if option.default is True and option.name.replace("_", "-") not in off:
-            off[option.name] = {option.name: False}
-    without = {f"without {name}": options for name, options in off.items()}
-    return [Baseline(name, name, _gradprune(name, **options)) for name, options in {GRADPRUNE: {}, **without}.items()]

@@ -7,10 +7,12 @@ fastest, each times how often it occurs, is a floor for a step that computes the
 
 from __future__ import annotations
 
+import argparse
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +23,11 @@ from torch.nn import functional as F
 from gradprune.support.progress import counter
 
 from .baselines import DTYPES
+from .benchmark import Benchmark, Plan, add_budget, add_cases, add_settings, already, chosen_cases, packages_of
 from .cases import Case
-from .measure import synchronize
-from .record import Kernels, Settings
+from .harness import synchronize
+from .report import SECOND, Bar, draw_bars, figure, grid
+from .store import Results, Settings
 
 aten, mkldnn = torch.ops.aten, torch.ops.mkldnn
 
@@ -36,6 +40,44 @@ TOLERANCE = 0.02
 Way = Callable[[], Tensor]
 Ways = dict[str, Callable[[], Way]]
 """By name, what prepares a way (packs its weights) and returns what is timed. The first is what eager does."""
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """One layer configuration in one direction, computed by itself in every way at hand.
+
+    Attributes:
+        case: Name of the case.
+        candidate: The configuration, for people.
+        kind: Class of the kernel, such as ``"conv 3x3"``.
+        direction: ``"forward"`` or ``"input gradient"``.
+        count: How often it occurs in the network.
+        flops: FLOPs of one.
+        seconds: Median seconds of one by way; the first way is what eager does. ``None`` where it cannot be used.
+    """
+
+    case: str
+    candidate: str
+    kind: str
+    direction: str
+    count: int
+    flops: int
+    seconds: dict[str, float | None]
+
+    @property
+    def plain(self) -> float:
+        """Seconds of all its occurrences, the way eager does it."""
+        return self.count * (next(iter(self.seconds.values())) or float("nan"))
+
+    @property
+    def best(self) -> tuple[float, str]:
+        """Seconds of all its occurrences, the fastest way, and which that is."""
+        seconds, name = min((value, name) for name, value in self.seconds.items() if value is not None)
+        return self.count * seconds, name
+
+    def derived(self, records: Sequence[Kernels]) -> dict[str, Any]:
+        """Nothing that is not in the figures themselves."""
+        return {}
 
 
 @dataclass(frozen=True)
@@ -251,3 +293,87 @@ def _convolutions(
             rest = [span - pad for span, pad in zip(spans, padding, strict=True)]
             backward["packed flipped conv"] = lambda: pack(grad, flipped, None, rest)
     return forward, backward
+
+
+def limit(records: Sequence[Kernels], case: str) -> float | None:
+    """Seconds that the layers of ``case`` take by themselves, each the fastest way; ``None`` if not measured."""
+    return sum(record.best[0] for record in records if record.case == case) or None
+
+
+def kernel_classes(records: Sequence[Kernels], case: str) -> dict[tuple[str, str], list[Kernels]]:
+    """The layers of one case by class and direction, in alphabetical order."""
+    found: dict[tuple[str, str], list[Kernels]] = {}
+    for record in records:
+        if record.case == case:
+            found.setdefault((record.kind, record.direction), []).append(record)
+    return dict(sorted(found.items()))
+
+
+def rates(layers: Sequence[Kernels]) -> tuple[float, float]:
+    """FLOP/s of some layers together, by the plain and by the best kernel of each."""
+    flops = sum(layer.count * layer.flops for layer in layers)
+    return flops / sum(layer.plain for layer in layers), flops / sum(layer.best[0] for layer in layers)
+
+
+def _kernels(classes: dict[tuple[str, str], list[Kernels]], floor: float | None) -> str:
+    rows = []
+    for (kind, direction), layers in classes.items():
+        winners: Counter[str] = Counter()
+        for layer in layers:
+            winners[layer.best[1]] += layer.count
+        plain, best = rates(layers)
+        row = [f"{kind}, {direction}", str(winners.total()), figure(sum(r.count * r.flops for r in layers), 1e9)]
+        row += [figure(sum(layer.plain for layer in layers), 1e-3), figure(plain, 1e9)]
+        row += [figure(sum(layer.best[0] for layer in layers), 1e-3), figure(best, 1e9)]
+        rows.append([*row, ", ".join(f"{name} {count}" for name, count in winners.most_common())])
+    head = ["kernels", "layers", "GFLOP", "plain ms", "plain GFLOP/s", "best ms", "best GFLOP/s", "best by"]
+    plain = sum(layer.plain for layers in classes.values() for layer in layers)
+    return f"Limit **{figure(floor, 1e-3)} ms**; plain kernels {figure(plain, 1e-3)} ms.\n\n{grid(head, rows)}"
+
+
+class KernelsBenchmark(Benchmark):
+    """``bench kernels``."""
+
+    name = "kernels"
+    help = "the isolated-kernel limit: convolutions and linear layers alone, by every kernel at hand"
+    record = Kernels
+    legend = """\
+- GFLOP/s: FLOPs of all layers of a class over the time they take by themselves. plain: the kernel that eager calls;
+  best: the fastest of all that were tried for each layer, weights already packed; who won is named with its layers.
+- limit: forward and input gradient of all layers, each the fastest way, one after another."""
+
+    def add_options(self, parser: argparse.ArgumentParser) -> None:
+        """As ``Benchmark.add_options``."""
+        add_cases(parser)
+        add_budget(parser, None)
+        add_settings(parser)
+
+    def plans(self, arguments: argparse.Namespace, settings: Settings) -> list[Plan]:
+        """As ``Benchmark.plans``."""
+        cases = chosen_cases(arguments)
+
+        def measure(results: Results[Kernels]) -> None:
+            for case in cases:
+                if case.name in results.cases:
+                    already(case.name, results)
+                else:
+                    results.add(measure_kernels(case, settings, arguments.rounds))
+
+        return [Plan(self, measure, packages_of(cases), compiles=False)]
+
+    def sections(self, results: Results[Any]) -> list[str]:
+        """As ``Benchmark.sections``."""
+        body = []
+        for case in results.cases:
+            body += [f"## {case}", _kernels(kernel_classes(results.records, case), limit(results.records, case))]
+        return body
+
+    def draw(self, results: Results[Any]) -> Any:
+        """As ``Benchmark.draw``."""
+        panels: dict[str, list[Bar]] = {}
+        for case in results.cases:
+            for (kind, direction), layers in kernel_classes(results.records, case).items():
+                plain, best = rates(layers)
+                bars = [Bar(f"{kind}, {direction}", best / 1e9), Bar("", plain / 1e9, color=SECOND)]
+                panels.setdefault(case, []).extend(bars)
+        return draw_bars(panels, "GFLOP/s: best kernel (dark) and plain kernel (light)")

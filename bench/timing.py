@@ -1,47 +1,14 @@
-"""What is measured of a candidate: time, operations, saved bytes, and distance from float64."""
+"""What is measured of a candidate: operations, saved bytes, and distance from float64."""
 
 from __future__ import annotations
 
 import copy
-import time
-from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .attack_step import Ball, Step, attack, pgd_step
-from .demo_candidates import Candidate
-
-
-def time_attacks(
-    candidates: Sequence[Candidate], x: Tensor, y: Tensor, steps: int, rounds: int, finished: Callable[[], object]
-) -> dict[str, list[float]]:
-    """Run the candidates' attacks in turn, round after round, so that a slow minute of the machine hits all alike.
-
-    Args:
-        candidates: Already warm.
-        x: Clean images ``(N, C, H, W)``.
-        y: Labels ``(N,)``.
-        steps: Steps of an attack.
-        rounds: Attacks per candidate.
-        finished: Called after every attack.
-
-    Returns:
-        By candidate, for every round, the seconds of the attack divided by its steps. What a candidate does once per
-        attack is thus part of the figure.
-    """
-    seconds: dict[str, list[float]] = {candidate.name: [] for candidate in candidates}
-    for turn in range(rounds):
-        # The start rotates: no candidate always runs in the cache and the heat that the same other one left.
-        first = turn % len(candidates)
-        for candidate in [*candidates[first:], *candidates[:first]]:
-            candidate.clear_gradients()
-            started = time.perf_counter()
-            attack(candidate.step, x, y, steps)
-            seconds[candidate.name].append((time.perf_counter() - started) / steps)
-            finished()
-    return seconds
+from .attack_step import Ball, Step, pgd_step
 
 
 def float64_gradient(model: nn.Module, x_adv: Tensor, x: Tensor, y: Tensor) -> Tensor:

@@ -7,13 +7,14 @@ training mode with the same optimizer.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import copy
 import itertools
 import sys
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -23,26 +24,42 @@ from torch.nn import functional as F
 from torch.optim import SGD, Optimizer
 
 from gradprune.attacks import PGD
+from gradprune.errors import OptionError
+from gradprune.support.figures import figure_of
 from gradprune.support.progress import counter, stage
 from gradprune.torch_compat.dynamo import counters
 from gradprune.torch_compat.inductor import fresh_cache
 from gradprune.training import AdversarialTrainer, PGDTraining
 
 from .attack_step import Step, attack, move, pgd_step
-from .baselines import DTYPES, Contender
-from .cases import SEED, Case, Workload
-from .demo_candidates import start_compiler
-from .measure import Budget, CheckFailed, load_average, peak_bytes, reason, synchronize, time_rounds
-from .record import (
-    COMPILED_GRADIENT,
-    COMPILED_TRAINING,
-    EAGER_TRAINING,
-    FROZEN_TRAINING,
-    GRADPRUNE,
-    Results,
-    Settings,
-    Trained,
+from .baselines import DTYPES, GRADPRUNE, Contender
+from .benchmark import WHOLE, Benchmark, Plan, add_budget, add_cases, add_settings, already, chosen_cases, packages_of
+from .cases import SEED, Case, Workload, find_case
+from .harness import (
+    Budget,
+    CheckFailed,
+    load_average,
+    peak_bytes,
+    reason,
+    start_compiler,
+    synchronize,
+    time_rounds,
 )
+from .report import COLORS, OURS, attacked, circumstances, failures, figure, finish_axis, grid, ratio_text
+from .store import Compared, Results, Settings, Timed
+
+EAGER_TRAINING = "eager, live parameters"
+FROZEN_TRAINING = "eager, frozen in the attack"
+COMPILED_TRAINING = "frozen + compile(model)"
+COMPILED_GRADIENT = "frozen + compile(gradient)"
+
+RIVAL_TRAININGS = (FROZEN_TRAINING, COMPILED_TRAINING, COMPILED_GRADIENT)
+"""What a user could write today; the fastest of these is "the best alternative"."""
+
+ATTACK_STEPS = (1, 3, 7, 10, 20)
+"""Of the iterations that ``bench training`` compares by default."""
+
+DEFAULT = ("mnist-cnn-b128", "resnet18-32-b16")
 
 LEARNING_RATE, MOMENTUM = 0.01, 0.9
 
@@ -55,6 +72,95 @@ what the attack changes. Rounding tips ReLUs and signs, and each step of an atta
 
 Iterate = Callable[[Tensor, Tensor, int], Tensor]
 """From clean inputs ``(N, ...)``, labels ``(N,)`` and the number of steps to the outer loss, a scalar, detached."""
+
+
+# --- Records ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Trained(Timed):
+    """What was measured of an iteration of adversarial training, written in one way; ``None`` is what was not.
+
+    Attributes:
+        case: Name of the case.
+        steps: Steps of the attack in an iteration, K.
+        candidate: Name of the way.
+        failed: Why there are no figures; ``None`` if there are.
+        seconds: For every round, the seconds of one iteration: attack, outer step, update. Round ``i`` of all
+            candidates ran in turn, on the same batch.
+        compile_seconds: What its first iteration took longer than its second, with empty disk caches; compiled code is
+            shared by all numbers of steps.
+        recompilations: Graphs that were compiled after the first iteration of all.
+        loss_error: Relative error of the outer loss of an iteration from the initial weights, against float64.
+        update_error: The same of the change of the weights, in the Euclidean norm.
+        eager_loss_error: ``loss_error`` of eager with the same settings.
+        eager_update_error: ``update_error`` of the same.
+        loss_tolerance: Largest allowed ``loss_error``.
+        update_tolerance: Largest allowed ``update_error``.
+        peak_bytes: Most bytes an iteration holds at once beyond what was held before it.
+        load: Load average of the machine when the rounds were begun.
+    """
+
+    case: str
+    steps: int
+    candidate: str
+    failed: str | None = None
+    seconds: list[float] = field(default_factory=list)
+    compile_seconds: float | None = None
+    recompilations: int | None = None
+    loss_error: float | None = None
+    update_error: float | None = None
+    eager_loss_error: float | None = None
+    eager_update_error: float | None = None
+    loss_tolerance: float | None = None
+    update_tolerance: float | None = None
+    peak_bytes: int | None = None
+    load: float | None = None
+
+    def derived(self, records: Sequence[Trained]) -> dict[str, Any]:
+        """All that follows from the figures, for the readers of a JSON file."""
+        return Iteration(records, self.case, self.steps).derived(self.candidate)
+
+
+class Iteration(Compared[Trained]):
+    """The records of one iteration of adversarial training on one case, in all the ways it was written.
+
+    Args:
+        records: All records of a file.
+        case: Name of the case.
+        steps: Steps of its attack.
+    """
+
+    def __init__(self, records: Sequence[Trained], case: str, steps: int) -> None:
+        self.case, self.steps = case, steps
+        self.records = [record for record in records if (record.case, record.steps) == (case, steps)]
+        self.measured = {record.candidate: record for record in self.records if record.seconds}
+
+    @staticmethod
+    def all(records: Sequence[Trained], case: str) -> list[Iteration]:
+        """Those of one case, by their steps."""
+        found = {record.steps for record in records if record.case == case}
+        return [Iteration(records, case, steps) for steps in sorted(found)]
+
+    @property
+    def predicted_ratio(self) -> float:
+        """How many times as fast as eager an iteration is without weight gradients in its attack, by FLOPs ([SB])."""
+        return (6 * self.steps + 6) / (4 * self.steps + 6)
+
+    @property
+    def best_alternative(self) -> str | None:
+        """The fastest alternative by the medians."""
+        return self.fastest(RIVAL_TRAININGS)
+
+    def derived(self, candidate: str) -> dict[str, Any]:
+        """All that follows from the figures, for the readers of a JSON file."""
+        if candidate not in self.measured:
+            return {}
+        return {
+            **self.figures(candidate),
+            "best_alternative": self.best_alternative,
+            "predicted_ratio": self.predicted_ratio,
+        }
 
 
 # --- Ways to write an iteration ---------------------------------------------------------------------------------------
@@ -295,7 +401,7 @@ class Recompilations:
         return loss
 
 
-def measure_training(results: Results, cases: Sequence[Case], steps: Sequence[int], budget: Budget) -> None:
+def measure_training(results: Results[Trained], cases: Sequence[Case], steps: Sequence[int], budget: Budget) -> None:
     """Measure what ``results`` lack, and save after every number of steps.
 
     Args:
@@ -304,16 +410,16 @@ def measure_training(results: Results, cases: Sequence[Case], steps: Sequence[in
         steps: Numbers of steps.
         budget: How long to time each number of steps.
     """
-    done = {(one.case, one.steps) for one in results.records if isinstance(one, Trained)}
+    done = {(one.case, one.steps) for one in results.records}
     for case in cases:
         missing = [count for count in sorted({*steps}) if (case.name, count) not in done]
         if missing:
             measure_case(results, case, missing, budget)
         else:
-            print(f"{case.name}: already in {results.path}", file=sys.stderr)
+            already(case.name, results)
 
 
-def measure_case(results: Results, case: Case, steps: Sequence[int], budget: Budget) -> None:
+def measure_case(results: Results[Trained], case: Case, steps: Sequence[int], budget: Budget) -> None:
     """Let everybody iterate once, check what comes of it, then time in turn those that passed.
 
     Args:
@@ -389,7 +495,7 @@ def _enter(
     """Build a trainee and let it iterate twice; with a record of what is known of it then."""
 
     trainee = build(work, settings)
-    # As in ``measure.measure_case``: a compile time is one with empty caches.
+    # As in ``step.measure_workload``: a compile time is one with empty caches.
     empty = fresh_cache() if trainee.compiled else contextlib.nullcontext()
     seconds = []
     with empty:
@@ -406,7 +512,7 @@ def _enter(
 def _contender(
     trainee: Trainee, batches: Sequence[tuple[Tensor, Tensor]], steps: int, recompilations: Recompilations
 ) -> Contender:
-    """A trainee in a form that ``measure`` can time: a step is an iteration, each on the next batch."""
+    """A trainee in a form that can be timed: a step is an iteration, each on the next batch."""
     order = itertools.cycle(batches)
 
     def step(x_adv: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -428,3 +534,141 @@ def _checked(errors: tuple[float, float], reference: Reference, steps: int) -> d
 def _failed(record: Trained, error: Exception) -> Trained:
     print(f"{record.candidate} failed: {reason(error)}", file=sys.stderr, flush=True)
     return replace(record, failed=reason(error))
+
+
+# --- Tables and plot --------------------------------------------------------------------------------------------------
+
+
+def _training(results: Results[Trained]) -> list[str]:
+    """All sections about iterations of training."""
+    summary, body = [], []
+    for case in results.cases:
+        iterations = Iteration.all(results.records, case)
+        for one in iterations:
+            ours, best = one.measured.get(GRADPRUNE), one.best_alternative
+            row = [f"{case}, {one.steps} step{'s' * (one.steps > 1)}", figure(ours.median) if ours else "-"]
+            row += [ratio_text(one.predicted_ratio), ratio_text(one.ratio(GRADPRUNE, EAGER_TRAINING), spread=True)]
+            row += [f"{figure(one.measured[best].median)} {best}" if best else "-"]
+            summary.append([*row, ratio_text(one.ratio(GRADPRUNE, best), spread=True)])
+        records = [record for one in iterations for record in one.records]
+        body += [f"## {case}", f"{attacked(find_case(case))}. {circumstances(records)}", *failures(records)]
+        rows = [[column(one, r) for column in TRAINING.values()] for one in iterations for r in one.measured.values()]
+        body.append(grid([*TRAINING], rows))
+    head = [
+        "iteration",
+        "gradprune s",
+        "FLOPs say",
+        f"vs {EAGER_TRAINING}",
+        "best alternative s",
+        "vs best alternative",
+    ]
+    return ["## Summary\n\n" + grid(head, summary), *body]
+
+
+def _versus(baseline: str) -> Callable[[Iteration, Trained], str]:
+    return lambda one, record: ratio_text(one.ratio(record.candidate, baseline))
+
+
+def _error(own: float | None) -> str:
+    return "-" if own is None else f"{own:.0e}"
+
+
+TRAINING: dict[str, Callable[[Iteration, Trained], str]] = {
+    "steps, way": lambda one, record: f"{record.steps}, {record.candidate}",
+    "s": lambda one, record: figure(record.median),
+    "IQR": lambda one, record: figure(record.iqr),
+    **{f"vs {name}": _versus(name) for name in (EAGER_TRAINING, *RIVAL_TRAININGS)},
+    "FLOPs say": lambda one, record: "-" if record.candidate == EAGER_TRAINING else ratio_text(one.predicted_ratio),
+    "compile s": lambda one, record: figure(record.compile_seconds),
+    "recompiled": lambda one, record: "-" if record.recompilations is None else str(record.recompilations),
+    "peak MB": lambda one, record: figure(record.peak_bytes, 1e6),
+    "loss error": lambda one, record: _error(record.loss_error),
+    "eager's own loss": lambda one, record: _error(record.eager_loss_error),
+    "update error": lambda one, record: _error(record.update_error),
+    "eager's own update": lambda one, record: _error(record.eager_update_error),
+}
+
+
+class TrainingBenchmark(Benchmark):
+    """``bench training``."""
+
+    name = "training"
+    help = "seconds per iteration of PGD adversarial training, by the number of attack steps"
+    record = Trained
+    about = "Random weights and random inputs, always the same; labels are random, too."
+    legend = """\
+- s: median over the rounds of one iteration: PGD of so many steps from the input itself with the model in evaluation
+  mode, forward and backward pass over what it found in training mode, update by SGD with momentum. IQR: its
+  interquartile range.
+- eager, live parameters: the attack by loss.backward(), which computes all weight gradients too. frozen: parameters
+  require no gradient during the attack, as [SB] proposes; + compile(model): torch.compile(model) in the attack,
+  + compile(gradient): torch.compile(torch.func.grad(loss)), both with a compiled loss in the outer step. gradprune:
+  AdversarialTrainer(model, optimizer, PGDTraining(attack=PGD(...))).step(x, y).
+- vs: how many times as fast as that way, median of the ratios within each round; below 1 is slower. In brackets the
+  quartiles of these ratios. best alternative: the fastest of those with frozen parameters.
+- FLOPs say: (6K + 6) / (4K + 6), the ratio to live parameters if only FLOPs counted and K steps computed no weight
+  gradients ([SB]).
+- compile s: what the first iteration took longer than the second, with empty disk caches and a compiler that is already
+  started; the compiled code serves all numbers of steps. recompiled: graphs that were compiled after it.
+- peak MB: most that an iteration holds beyond what was held before it, where no weight has a gradient.
+- loss error, update error: of an iteration from the initial weights, loss and change of the weights against float64,
+  relative, in the Euclidean norm; eager's own is that of eager autograd. Signs of gradients next to zero, and ReLUs
+  that round to the other side, add up over the steps of an attack.
+- Every way was checked so for every number of steps; one that fails is not timed. Batches are random, with random
+  labels, another one at every iteration and the same for all."""
+
+    def add_options(self, parser: argparse.ArgumentParser) -> None:
+        """As ``Benchmark.add_options``."""
+        add_cases(parser, DEFAULT)
+        text = f"numbers of attack steps (default: {' '.join(map(str, ATTACK_STEPS))})"
+        parser.add_argument("--attack-steps", nargs="+", default=ATTACK_STEPS, help=text, **WHOLE)
+        add_budget(parser, 120, "number of steps")
+        add_settings(parser)
+
+    def plans(self, arguments: argparse.Namespace, settings: Settings) -> list[Plan]:
+        """As ``Benchmark.plans``."""
+        if settings.autocast == "fp16":
+            raise OptionError("bench training --autocast fp16: the first updates would only fit the scale; pass bf16")
+        cases, budget = chosen_cases(arguments, DEFAULT), Budget(arguments.rounds, arguments.seconds)
+        return [
+            Plan(
+                self,
+                lambda results: measure_training(results, cases, arguments.attack_steps, budget),
+                packages_of(cases),
+            )
+        ]
+
+    def sections(self, results: Results[Any]) -> list[str]:
+        """As ``Benchmark.sections``."""
+        return _training(results)
+
+    def draw(self, results: Results[Any]) -> Any:
+        """As ``Benchmark.draw``: seconds per iteration, and how many times as fast as eager, over the steps."""
+        cases = {case: Iteration.all(results.records, case) for case in results.cases}
+        figure = figure_of(12, 4.2 * len(cases))
+        rows = figure.subplots(len(cases), 2, squeeze=False)
+        for (times, ratios), (case, iterations) in zip(rows, cases.items(), strict=True):
+            for i, name in enumerate(dict.fromkeys(name for one in iterations for name in one.measured)):
+                own = [one for one in iterations if name in one.measured]
+                style: dict[str, Any] = (
+                    {"color": OURS, "linewidth": 2.2} if name == GRADPRUNE else {"color": COLORS[i % len(COLORS)]}
+                )
+                style.update({"linestyle": ":"} if name == EAGER_TRAINING else {})
+                seconds = [one.measured[name].median for one in own]
+                times.plot([one.steps for one in own], seconds, marker="o", markersize=3.5, label=name, **style)
+                known = [(one.steps, ratio) for one in own if (ratio := one.ratio(name, EAGER_TRAINING))]
+                if name == EAGER_TRAINING or not known:
+                    continue
+                at = [steps for steps, _ in known]
+                ratios.plot(at, [ratio.median for _, ratio in known], marker="o", markersize=3.5, label=name, **style)
+                low, high = [ratio.low for _, ratio in known], [ratio.high for _, ratio in known]
+                ratios.fill_between(at, low, high, color=style["color"], alpha=0.15, linewidth=0)
+            steps = [one.steps for one in iterations]
+            predicted = [one.predicted_ratio for one in iterations]
+            ratios.plot(
+                steps, predicted, color="black", linewidth=0.9, linestyle="--", label="FLOPs say: (6K+6)/(4K+6)"
+            )
+            for axis, label in ((times, "seconds per iteration"), (ratios, f"times as fast as {EAGER_TRAINING}")):
+                axis.set_xticks(steps, [str(count) for count in steps])
+                finish_axis(axis, case, "steps of the attack, K", label)
+        return figure

@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from gradprune.errors import GradpruneError
 
 from .options import check_compiler, prepare_directory
 
-if TYPE_CHECKING:
-    from gradprune.bench.demo_workload import Measured
-
 DESCRIPTION = """\
 Attack a ResNet-50 on photographs and a small network trained on handwritten digits with PGD, four ways:
 
-  eager          loss.backward() on the model as it is: every weight gradient is computed and thrown away
-  frozen eager   the same with requires_grad_(False) on every parameter: the honest baseline
-  torch.compile  frozen parameters and torch.compile(model), called from an eager step
-  gradprune      the very code of "eager", the whole step compiled with backend="gradprune"
+  eager backward()         on the model as it is: every weight gradient is computed and thrown away
+  frozen eager             requires_grad_(False) on every parameter: the honest baseline
+  frozen + compile(model)  the same with torch.compile(model), called from an eager step
+  gradprune                the very code of "eager backward()", the whole step compiled with backend="gradprune"
 
 All four run in turn in one process. One table per network says what a step costs, what it saves for the backward
 pass, how far its gradient is from float64, and what the attack achieved. Nothing is downloaded.
@@ -103,14 +99,14 @@ def run(arguments: argparse.Namespace) -> int:
 
     import torch
 
-    threads = torch.get_num_threads()
-    try:
-        if arguments.threads is not None:
-            torch.set_num_threads(arguments.threads)
-        measured = _measure(settings, quick=arguments.quick)
-        _write(arguments.output, measured, settings)
-    finally:
-        torch.set_num_threads(threads)
+    from gradprune.bench import demo
+
+    threads = arguments.threads or torch.get_num_threads()
+    measured = demo.measure(**vars(settings), threads=threads, quick=arguments.quick)
+    demo.write(arguments.output, measured, vars(settings), threads)
+    print(f"\nSaved in {arguments.output}: demo.md (tables, explained), demo.json (figures), demo.png (examples).")
+    print('On your own attack: step = torch.compile(attack_step, backend="gradprune"), then call step in your loop.')
+    print('For an attack library that calls loss.backward() itself: model = torch.compile(model, backend="gradprune").')
     return 0
 
 
@@ -139,45 +135,3 @@ def _within(name: str) -> Any:
         return value
 
     return parse
-
-
-def _measure(settings: Settings, *, quick: bool) -> list[Measured]:
-    """Make both workloads and measure them."""
-    from gradprune.bench.demo_candidates import start_compiler
-    from gradprune.bench.demo_workload import digits_workload, measure, photo_workload
-    from gradprune.support.progress import stage
-
-    with stage("building the network for the photographs"):
-        photos = photo_workload(settings.batch, settings.size, quick=quick)
-    with stage("training a network on handwritten digits"):
-        digits = digits_workload()
-    with stage("starting the compiler"):
-        start_compiler()
-    return [measure(workload, settings.steps, settings.rounds) for workload in (photos, digits)]
-
-
-def _write(directory: Path, measured: list[Measured], settings: Settings) -> None:
-    """Print the tables and write all files."""
-    from gradprune.bench import demo_picture as picture
-    from gradprune.bench import demo_table as table
-    from gradprune.support.environment import environment
-    from gradprune.support.files import write_json, write_text
-
-    here = environment()
-    print(file=sys.stderr)
-    print("\n\n".join(table.text(one) for one in measured))
-    write_text(directory / "demo.md", table.document(measured, here))
-    write_json(
-        directory / "demo.json",
-        {
-            "environment": here,
-            "settings": vars(settings),
-            "baseline": "frozen eager",
-            "workloads": [one.to_dict() for one in measured],
-        },
-    )
-    picture.save(directory / "demo.png", measured)
-    print()
-    print(f"Saved in {directory}: demo.md (tables, explained), demo.json (raw figures), demo.png (examples).")
-    print('On your own attack: step = torch.compile(attack_step, backend="gradprune"), then call step in your loop.')
-    print('For an attack library that calls loss.backward() itself: model = torch.compile(model, backend="gradprune").')

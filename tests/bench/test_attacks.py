@@ -14,27 +14,33 @@ import torch
 from torch import Tensor, nn
 
 from gradprune.attacks import AutoAttack, Runtime
-from gradprune.bench import attack_candidates, attacks, baselines, plot, record, tables
-from gradprune.bench.attack_candidates import METHODS, Method, choose_methods, our_contender
-from gradprune.bench.baselines import Baseline, Contender
-from gradprune.bench.cases import TINY, Case, Workload
-from gradprune.bench.measure import Budget, CheckFailed
-from gradprune.bench.record import (
-    ACTIVE_SET,
-    BARE_STEP,
-    FULL_BATCH,
-    GRADPRUNE,
-    NOTHING_DROPPED,
-    RUNTIME,
+from gradprune.bench import attack_candidates, attacks, baselines
+from gradprune.bench.attack_candidates import (
+    METHODS,
+    RIVALS,
     TORCHATTACKS,
     TORCHATTACKS_COMPILED,
     TORCHATTACKS_FROZEN,
     UNCOMPILED,
-    Attacked,
-    Contest,
-    Results,
-    Settings,
+    Method,
+    choose_methods,
+    our_contender,
 )
+from gradprune.bench.attacks import (
+    ACTIVE_SET,
+    BARE_STEP,
+    FULL_BATCH,
+    NOTHING_DROPPED,
+    RUNTIME,
+    Attacked,
+    AttacksBenchmark,
+    Contest,
+)
+from gradprune.bench.baselines import GRADPRUNE, Baseline, Contender
+from gradprune.bench.cases import TINY, Case, Workload
+from gradprune.bench.harness import Budget, CheckFailed
+from gradprune.bench.store import Results, Settings
+from gradprune.cli import bench as command
 from gradprune.cli.main import main
 from gradprune.errors import GradpruneError, OptionError
 from gradprune.runtime import Query
@@ -73,8 +79,8 @@ RECORDS = [
 ]
 
 
-def file(folder: Path, records: list[Attacked]) -> Results:
-    return Results(folder / "attacks.json", Settings(), HERE, [*records])
+def file(folder: Path, records: list[Attacked]) -> Results[Attacked]:
+    return Results(folder / "attacks.json", Attacked, Settings(), HERE, [*records])
 
 
 def test_a_contest_is_one_attack_on_one_case() -> None:
@@ -98,13 +104,13 @@ def test_a_contest_is_one_attack_on_one_case() -> None:
 def test_records_survive_the_file(tmp_path: Path) -> None:
     written = file(tmp_path, [])
     written.add(RECORDS)
-    assert Results.read(written.path) == written
+    assert Results.read(written.path, Attacked) == written
     content = json.loads(written.path.read_text())
     assert content["records"][4]["derived"]["ratios"][TORCHATTACKS]["median"] == 1.5
 
 
 def test_tables_show_losses_like_wins(tmp_path: Path) -> None:
-    lines = tables.document(file(tmp_path, RECORDS)).splitlines()
+    lines = command.write(AttacksBenchmark(), file(tmp_path, RECORDS)).splitlines()
 
     def row(start: str) -> list[str]:
         (line,) = (line for line in lines if line.startswith(f"| {start}"))
@@ -125,11 +131,11 @@ def test_tables_show_losses_like_wins(tmp_path: Path) -> None:
 def test_plot_has_a_bar_for_every_ratio(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     results = file(tmp_path, RECORDS)
-    bars = plot._bars_of(results, "tiny-b1")
+    bars = AttacksBenchmark().bars(results.records, "tiny-b1")
     assert [(bar.label, bar.value) for bar in bars] == [("fgsm, 1.2x the inputs", 1.5), ("", 0.5)]
-    assert [(bar.label, bar.value) for bar in plot._bars_of(results, "digits-b2")] == [("pgd-50", 2)]
-    plot.save(tmp_path / "plot.png", results)
-    assert (tmp_path / "plot.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert [(bar.label, bar.value) for bar in AttacksBenchmark().bars(results.records, "digits-b2")] == [("pgd-50", 2)]
+    command.write(AttacksBenchmark(), results)
+    assert (tmp_path / "attacks.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
 # Attacks
@@ -257,7 +263,7 @@ def test_torchattacks_is_for_images_between_zero_and_one(work: Workload, monkeyp
 
 def test_ways_of_an_attack() -> None:
     found = attack_candidates.ways(METHOD["cw"])
-    assert [way.name for way in found] == [*record.RIVALS, GRADPRUNE]
+    assert [way.name for way in found] == [*RIVALS, GRADPRUNE]
     assert [way.compiles for way in found] == [False, False, True, False, True]
 
 

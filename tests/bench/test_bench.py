@@ -7,28 +7,29 @@ import json
 import os
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from gradprune.bench import baselines, cases, first_step, kernels, measure, plot, record, tables
-from gradprune.bench.attack_step import move, pgd_step
-from gradprune.bench.baselines import Baseline, Contender
-from gradprune.bench.cases import CASES, TINY, Case, find_case
-from gradprune.bench.record import (
+from gradprune.bench import ablation, baselines, cases, harness, kernels, report, step, store
+from gradprune.bench import compile as first_step
+from gradprune.bench.attack_step import Step, move, pgd_step
+from gradprune.bench.baselines import (
     COMPILED_MODEL,
     COMPILED_STEP,
     EAGER_BACKWARD,
     FROZEN,
     GRADPRUNE,
-    Comparison,
-    Kernels,
-    Ratio,
-    Record,
-    Results,
-    Settings,
+    Baseline,
+    Contender,
 )
+from gradprune.bench.benchmark import chosen_cases
+from gradprune.bench.cases import CASES, TINY, Case, find_case
+from gradprune.bench.kernels import Kernels
+from gradprune.bench.step import Comparison, Record
+from gradprune.bench.store import Ratio, Results, Settings
 from gradprune.cli import bench as command
 from gradprune.cli.main import main
 from gradprune.errors import OptionError
@@ -42,8 +43,8 @@ HERE = {"cpu": "A processor", "blas": "mkl", "onednn": "3", "torch": "2"}
 
 
 def test_quartiles() -> None:
-    assert record.quartiles([3.0]) == (3, 3)
-    assert record.quartiles([5.0, 1.0, 3.0, 2.0, 4.0]) == (2, 4)
+    assert store.quartiles([3.0]) == (3, 3)
+    assert store.quartiles([5.0, 1.0, 3.0, 2.0, 4.0]) == (2, 4)
 
 
 def test_a_ratio_is_taken_within_rounds() -> None:
@@ -96,23 +97,29 @@ LAYERS = [
 
 
 def test_limit_is_the_sum_of_the_fastest() -> None:
-    assert record.limit(LAYERS, "tiny-b1") == pytest.approx(5e-3)
-    assert record.limit(LAYERS, "another") is None
-    assert tables.rates(LAYERS) == (pytest.approx(3e6 / 7e-3), pytest.approx(3e6 / 5e-3))
+    assert kernels.limit(LAYERS, "tiny-b1") == pytest.approx(5e-3)
+    assert kernels.limit(LAYERS, "another") is None
+    assert kernels.rates(LAYERS) == (pytest.approx(3e6 / 7e-3), pytest.approx(3e6 / 5e-3))
 
 
 # Files
 
 
-def results(folder: Path, kind: str = "step", **settings: object) -> Results:
-    return Results(folder / f"{kind}.json", dataclasses.replace(Settings(), **settings), HERE)  # type: ignore[arg-type]
+def results(folder: Path, kind: str = "step", **settings: object) -> Results[Any]:
+    used = dataclasses.replace(Settings(), **settings)  # type: ignore[arg-type]
+    return Results(folder / f"{kind}.json", command.BENCHMARKS[kind].record, used, HERE)
+
+
+def document(file: Results[Any]) -> str:
+    benchmark = command.BENCHMARKS[file.path.stem]
+    return report.document(file, benchmark.about, benchmark.sections(file), benchmark.legend)
 
 
 @pytest.mark.parametrize(("kind", "records"), [("step", RECORDS), ("kernels", LAYERS)])
 def test_results_survive_the_file(kind: str, records: list[Record] | list[Kernels], tmp_path: Path) -> None:
     written = results(tmp_path, kind)
     written.add(records)
-    assert Results.read(written.path) == written
+    assert Results.read(written.path, written.record) == written
     assert os.listdir(tmp_path) == [f"{kind}.json"]
     again = results(tmp_path, kind)
     again.resume()
@@ -159,7 +166,8 @@ def test_a_file_that_is_something_else_is_refused(content: str, tmp_path: Path) 
 def test_table_shows_ratios_losses_and_failures(tmp_path: Path) -> None:
     file = results(tmp_path)
     file.records = [*RECORDS]
-    shown = tables.document(file, LAYERS)
+    results(tmp_path, "kernels").add(LAYERS)
+    shown = document(file)
     assert "**1 thread, fp32**, BLAS **mkl**" in shown
     lines = shown.splitlines()
     summary = next(line for line in lines if line.startswith("| tiny-b1"))
@@ -176,14 +184,14 @@ def test_table_shows_ratios_losses_and_failures(tmp_path: Path) -> None:
 def test_table_says_when_compilation_never_pays(tmp_path: Path) -> None:
     file = results(tmp_path)
     file.records = [timed(FROZEN, 0.1), timed(GRADPRUNE, 0.2, cold=1)]
-    shown = tables.document(file)
+    shown = document(file)
     assert "0.50x (0.50-0.50)" in shown
     row = next(line for line in shown.splitlines() if line.startswith("| gradprune"))
     assert row.split("|")[-2].strip() == "never"
 
 
 def test_tables_are_aligned() -> None:
-    assert tables.grid(["name", "n"], [["a", "1,000"]]).splitlines() == [
+    assert report.grid(["name", "n"], [["a", "1,000"]]).splitlines() == [
         "| name |     n |",
         "| ---- | ----: |",
         "| a    | 1,000 |",
@@ -193,19 +201,18 @@ def test_tables_are_aligned() -> None:
 def test_kernel_table(tmp_path: Path) -> None:
     file = results(tmp_path, "kernels")
     file.records = [*LAYERS]
-    shown = tables.document(file)
+    shown = document(file)
     assert "Limit **5 ms**; plain kernels 7 ms." in shown
     assert "packed conv 2, conv 1" in shown
 
 
-@pytest.mark.parametrize("kind", record.KINDS)
+@pytest.mark.parametrize("kind", [name for name, one in command.BENCHMARKS.items() if one.record in (Record, Kernels)])
 def test_every_kind_has_a_table_and_a_plot(kind: str, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     file = results(tmp_path, kind)
     file.records = [*LAYERS] if kind == "kernels" else [*RECORDS]
-    assert f"# gradprune bench {kind}" in tables.document(file)
-    plot.save(tmp_path / "plot.png", file)
-    assert (tmp_path / "plot.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert f"# gradprune bench {kind}" in command.write(command.BENCHMARKS[kind], file)
+    assert (tmp_path / f"{kind}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
 # Cases
@@ -250,7 +257,7 @@ def test_cases_are_deterministic_and_have_a_gradient(case: Case) -> None:
     assert torch.equal(work.x, again.x)
     assert all(torch.equal(a, b) for a, b in zip(work.model.parameters(), again.model.parameters(), strict=True))
     assert not any(module.training for module in work.model.modules())
-    reference = measure.Reference.of(work, Settings(steps=1))
+    reference = step.Reference.of(work, Settings(steps=1))
     assert reference.errors[1] < 0.05
     # The check tells the gradients at its points apart.
     assert reference.tolerance >= 0.01
@@ -268,16 +275,16 @@ def test_inputs_outside_of_images_are_not_clamped() -> None:
 
 
 @pytest.fixture(scope="module")
-def reference() -> measure.Reference:
-    return measure.Reference.of(dataclasses.replace(TINY, batch=4).prepare(), Settings(steps=2))
+def reference() -> step.Reference:
+    return step.Reference.of(dataclasses.replace(TINY, batch=4).prepare(), Settings(steps=2))
 
 
-def test_the_eager_steps_pass_the_check(reference: measure.Reference) -> None:
+def test_the_eager_steps_pass_the_check(reference: step.Reference) -> None:
     for baseline in baselines.choose(EAGER, "cpu"):
         assert max(reference.check(baseline.build(reference.work, Settings()).step)) < 1e-5
 
 
-def wrong_steps(work: cases.Workload) -> dict[str, measure.Step]:
+def wrong_steps(work: cases.Workload) -> dict[str, Step]:
     right = pgd_step(work.model.requires_grad_(False), work.case)
 
     def ignores_x_adv(x_adv: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -302,22 +309,22 @@ def wrong_steps(work: cases.Workload) -> dict[str, measure.Step]:
 
 
 @pytest.mark.parametrize("name", ["ignores_x_adv", "ignores_x", "gradient_at_x", "wrong_if_aliased", "nan"])
-def test_wrong_steps_fail_the_check(name: str, reference: measure.Reference) -> None:
-    with pytest.raises(measure.CheckFailed, match="x itself" if name == "wrong_if_aliased" else "at some x_adv"):
+def test_wrong_steps_fail_the_check(name: str, reference: step.Reference) -> None:
+    with pytest.raises(harness.CheckFailed, match="x itself" if name == "wrong_if_aliased" else "at some x_adv"):
         reference.check(wrong_steps(reference.work)[name])
 
 
 # Measuring
 
 
-def contender(name: str, step: measure.Step) -> Contender:
+def contender(name: str, step: Step) -> Contender:
     return Contender(name, nn.Identity(), step)
 
 
-def test_rounds_take_turns_and_end_with_the_budget(reference: measure.Reference) -> None:
+def test_rounds_take_turns_and_end_with_the_budget(reference: step.Reference) -> None:
     order: list[str] = []
 
-    def step_of(name: str) -> measure.Step:
+    def step_of(name: str) -> Step:
         def step(x_adv: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
             order.append(name)
             return x_adv, x_adv
@@ -325,7 +332,7 @@ def test_rounds_take_turns_and_end_with_the_budget(reference: measure.Reference)
         return step
 
     both = [contender(name, step_of(name)) for name in "ab"]
-    seconds = measure.time_rounds(both, reference.work, 1, measure.Budget(9, seconds=0), lambda: None)
+    seconds = harness.time_rounds(both, reference.work, 1, harness.Budget(9, seconds=0), lambda: None)
     assert "".join(order) == "abbaab"
     assert {name: len(times) for name, times in seconds.items()} == {"a": 3, "b": 3}
 
@@ -339,7 +346,7 @@ def test_a_candidate_that_fails_is_not_timed() -> None:
 
     tried = [Baseline("b", "broken", broken, compiles=False), Baseline("w", "wrong", wrong, compiles=False)]
     tried += baselines.choose(["frozen"], "cpu")
-    found = measure.measure_case(TINY, tried, Settings(steps=1), measure.Budget(1))
+    found = step.measure_case(TINY, tried, Settings(steps=1), harness.Budget(1))
     assert [(one.candidate, len(one.seconds)) for one in found] == [("broken", 0), ("wrong", 0), (FROZEN, 1)]
     assert found[0].failed == "RuntimeError: no such operator"
     assert "at some x_adv" in (found[1].failed or "")
@@ -348,7 +355,7 @@ def test_a_candidate_that_fails_is_not_timed() -> None:
 
 def test_gradprune_on_a_tiny_network() -> None:
     chosen = baselines.choose(["backward", "frozen", "gradprune"], "cpu")
-    full, frozen, ours = measure.measure_case(TINY, chosen, Settings(steps=2), measure.Budget(1))
+    full, frozen, ours = step.measure_case(TINY, chosen, Settings(steps=2), harness.Budget(1))
     assert ours.failed is None
     assert ours.cold_seconds is not None
     assert frozen.cold_seconds is None
@@ -365,7 +372,7 @@ def test_gradprune_on_a_tiny_network() -> None:
 
 
 def test_ablations_leave_out_every_pass() -> None:
-    names = [baseline.name for baseline in baselines.ablations()]
+    names = [baseline.name for baseline in ablation.ablations()]
     assert names[0] == GRADPRUNE
     assert {f"without {name}" for name in PASS_NAMES} <= set(names)
     assert len(names) == len(set(names))
@@ -419,7 +426,7 @@ def test_kernels_of_every_class_agree() -> None:
     for one in found:
         assert None not in one.seconds.values(), one.candidate
         assert not packed or len(one.seconds) >= 2
-    assert (record.limit(found, "layers-b2") or 0) > 0
+    assert (kernels.limit(found, "layers-b2") or 0) > 0
 
 
 def test_a_way_that_computes_something_else_is_out() -> None:
@@ -460,7 +467,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     def work(*_: object, **__: object) -> None:
         raise AssertionError("measured although there was nothing to measure")
 
-    for module, name in ((measure, "measure_case"), (kernels, "measure_kernels"), (first_step, "measure_first_step")):
+    for module, name in ((step, "measure_case"), (kernels, "measure_kernels"), (first_step, "measure_first_step")):
         monkeypatch.setattr(module, name, work)
 
 
@@ -504,7 +511,7 @@ def test_a_run_from_end_to_end(
         asked.append((case.name, [one.key for one in chosen]))
         return [Record(case.name, one.name, failed="made up") for one in chosen]
 
-    monkeypatch.setattr(measure, "measure_case", measured)
+    monkeypatch.setattr(step, "measure_case", measured)
     assert run("step", tmp_path, *eager("tiny-b1", "tiny-b2"), "--limit") == 0
     assert asked == []
     assert "tiny-b2: already in" in capsys.readouterr().err
@@ -512,7 +519,7 @@ def test_a_run_from_end_to_end(
     assert run("step", tmp_path, *more) == 0
     assert asked == [("tiny-b2", ["gradprune", *EAGER])]
     assert run("step", tmp_path, *eager("tiny-b3"), "--fresh") == 0
-    assert {one.case for one in Results.read(tmp_path / "step.json").records} == {"tiny-b3"}
+    assert {one.case for one in Results.read(tmp_path / "step.json", Record).records} == {"tiny-b3"}
 
     (tmp_path / "step.md").unlink()
     assert run("table", tmp_path) == 0
@@ -525,17 +532,20 @@ def test_an_interrupted_run_keeps_what_is_finished(tmp_path: Path, monkeypatch: 
             raise KeyboardInterrupt
         return [Record(case.name, one.name, failed="made up") for one in chosen]
 
-    monkeypatch.setattr(measure, "measure_case", measured)
+    monkeypatch.setattr(step, "measure_case", measured)
     options = ["--cases", "tiny", "--batches", "1", "2", "--candidates", "frozen", "--threads", "1"]
     assert run("scaling", tmp_path, *options) == 130
-    assert {one.case for one in Results.read(tmp_path / "scaling.json").records} == {"tiny-b1"}
+    assert {one.case for one in Results.read(tmp_path / "scaling.json", Record).records} == {"tiny-b1"}
 
 
 def test_batches_and_default_cases() -> None:
     def names(*arguments: str) -> list[str]:
         from gradprune.cli.main import build_parser
 
-        return [case.name for case in command._cases(build_parser(["bench"]).parse_args(["bench", *arguments]))]
+        parsed = build_parser(["bench"]).parse_args(["bench", *arguments])
+        benchmark = command.BENCHMARKS[parsed.kind]
+        chosen = benchmark.cases(parsed) if isinstance(benchmark, step.StepBenchmark) else chosen_cases(parsed)
+        return [case.name for case in chosen]
 
     assert names("step") == [case.name for case in CASES]
     assert names("overhead") == ["tiny-b1"]

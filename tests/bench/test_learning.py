@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from gradprune import OptionError
-from gradprune.bench import objectives, plot, tables
-from gradprune.bench.record import ObjectiveRecord, Results, Settings
+from gradprune.bench import objectives
+from gradprune.bench.objectives import ObjectiveRecord, ObjectivesBenchmark
+from gradprune.bench.store import Results, Settings
+from gradprune.cli import bench as command
 from gradprune.cli.main import main
 from gradprune.training import OBJECTIVES
 
@@ -17,14 +19,14 @@ HERE = {"cpu": "A processor", "blas": "mkl", "onednn": "3", "torch": "2"}
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results[ObjectiveRecord]:
     path = tmp_path_factory.mktemp("objectives") / "objectives.json"
-    found = Results(path, Settings(), HERE)
+    found = Results(path, ObjectiveRecord, Settings(), HERE)
     objectives.measure_objectives(found, ["plain", "fast"], 2, compile=False)
     return found
 
 
-def test_records(results: Results) -> None:
+def test_records(results: Results[ObjectiveRecord]) -> None:
     plain, fast = results.records
     assert isinstance(plain, ObjectiveRecord)
     assert isinstance(fast, ObjectiveRecord)
@@ -36,23 +38,24 @@ def test_records(results: Results) -> None:
     assert plain.loss[-1] < fast.loss[-1]  # attacked inputs are harder
 
 
-def test_what_is_there_is_not_trained_again(results: Results, capsys: pytest.CaptureFixture[str]) -> None:
-    again = Results(results.path, results.settings, HERE)
+def test_what_is_there_is_not_trained_again(
+    results: Results[ObjectiveRecord], capsys: pytest.CaptureFixture[str]
+) -> None:
+    again = Results(results.path, ObjectiveRecord, results.settings, HERE)
     again.resume()
     objectives.measure_objectives(again, ["plain", "fast"], 2, compile=False)
     assert again.records == results.records
     assert "already in" in capsys.readouterr().err
 
 
-def test_table_and_plot(results: Results, tmp_path: Path) -> None:
-    text = tables.document(results)
+def test_table_and_plot(results: Results[ObjectiveRecord]) -> None:
+    text = command.write(ObjectivesBenchmark(), results)
     plain, fast = results.records
     gain = 100 * (fast.robust[-1] - plain.robust[-1])
     (row,) = [line for line in text.splitlines() if line.startswith("| fast")]
     assert f"{fast.robust[-1]:.1%}" in row
     assert f"{gain:+.1f}" in row
-    plot.save(tmp_path / "objectives.png", results)
-    assert (tmp_path / "objectives.png").stat().st_size > 10_000
+    assert results.path.with_suffix(".png").stat().st_size > 10_000
     assert json.loads(results.path.read_text())["benchmark"] == "objectives"
 
 

@@ -13,21 +13,23 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gradprune.bench import plot, tables, training
+from gradprune.bench import training
+from gradprune.bench.baselines import GRADPRUNE
 from gradprune.bench.cases import SMALL_RESNET, TINY, Case, Workload, find_case
-from gradprune.bench.measure import Budget, CheckFailed
-from gradprune.bench.record import (
+from gradprune.bench.harness import Budget, CheckFailed
+from gradprune.bench.store import Results, Settings
+from gradprune.bench.training import (
     COMPILED_GRADIENT,
     COMPILED_TRAINING,
     EAGER_TRAINING,
     FROZEN_TRAINING,
-    GRADPRUNE,
     Iteration,
-    Results,
-    Settings,
+    Reference,
     Trained,
+    Trainee,
+    TrainingBenchmark,
 )
-from gradprune.bench.training import Reference, Trainee
+from gradprune.cli import bench as command
 from gradprune.cli.main import main
 
 HERE = {"cpu": "A processor", "blas": "mkl", "onednn": "3", "torch": "2"}
@@ -75,8 +77,8 @@ RECORDS = [
 ]
 
 
-def file(folder: Path, records: Sequence[Trained] = ()) -> Results:
-    return Results(folder / "training.json", Settings(), HERE, [*records])
+def file(folder: Path, records: Sequence[Trained] = ()) -> Results[Trained]:
+    return Results(folder / "training.json", Trained, Settings(), HERE, [*records])
 
 
 def test_an_iteration_is_one_number_of_steps_on_one_case() -> None:
@@ -100,14 +102,14 @@ def test_an_iteration_is_one_number_of_steps_on_one_case() -> None:
 def test_records_survive_the_file(tmp_path: Path) -> None:
     written = file(tmp_path)
     written.add(RECORDS)
-    assert Results.read(written.path) == written
+    assert Results.read(written.path, Trained) == written
     content = json.loads(written.path.read_text())
     assert content["records"][4]["derived"]["predicted_ratio"] == 48 / 34
     assert content["records"][3]["derived"] == {}
 
 
 def test_tables_show_what_was_measured_and_what_failed(tmp_path: Path) -> None:
-    text = tables.document(file(tmp_path, RECORDS))
+    text = command.write(TrainingBenchmark(), file(tmp_path, RECORDS))
     lines = text.splitlines()
 
     def row(start: str) -> list[str]:
@@ -127,9 +129,9 @@ def test_tables_show_what_was_measured_and_what_failed(tmp_path: Path) -> None:
 def test_the_plot_has_a_line_for_everybody_and_one_for_the_prediction(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     results = file(tmp_path, RECORDS)
-    plot.save(tmp_path / "training.png", results)
+    command.write(TrainingBenchmark(), results)
     assert (tmp_path / "training.png").stat().st_size > 10_000
-    times, ratios = plot._by_steps(results).axes
+    times, ratios = TrainingBenchmark().draw(results).axes
     assert len(times.lines) == 4
     assert [len(line.get_xdata()) for line in times.lines] == [2, 1, 1, 1]
     assert len(ratios.lines) == 4
@@ -267,7 +269,7 @@ def test_a_run_from_end_to_end(
     assert run(tmp_path, "1", "2") == 0
     assert (tmp_path / "training.md").read_text() in capsys.readouterr().out
     assert (tmp_path / "training.png").exists()
-    results = Results.read(tmp_path / "training.json")
+    results = Results.read(tmp_path / "training.json", Trained)
     keys = [(one.case, one.steps, one.candidate) for one in results.records if isinstance(one, Trained)]
     assert keys == [("tiny-b8", steps, name) for steps in STEPS for name in training.WAYS]
     for one in results.records:
@@ -285,7 +287,7 @@ def test_a_run_from_end_to_end(
     # The same again has nothing left to do; one number of steps more is measured alone.
     asked = []
 
-    def measured(results: Results, case: Case, steps: Sequence[int], budget: Budget) -> None:
+    def measured(results: Results[Trained], case: Case, steps: Sequence[int], budget: Budget) -> None:
         asked.append((case.name, steps))
 
     monkeypatch.setattr(training, "measure_case", measured)
