@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .backend import compile, reports
     from .compiler.hoisted_step import invalidate
     from .compiler.options import Options
+    from .compiler.perturbations import perturbation
     from .errors import (
         AttackError,
         CompileError,
@@ -50,6 +51,7 @@ __all__ = [
     "compile",
     "explain",
     "invalidate",
+    "perturbation",
     "reports",
 ]
 
@@ -60,6 +62,7 @@ _HOMES = {
     "compile": "backend",
     "explain": "inspect.explain",
     "invalidate": "compiler.hoisted_step",
+    "perturbation": "compiler.perturbations",
     "reports": "backend",
 }
 """Where names are found that are not errors. They are looked up when asked for: ``gradprune --help`` needs no torch."""

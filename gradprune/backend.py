@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -16,6 +17,11 @@ from .inspect.observe import Observer
 from .report.recorder import Recorder
 from .report.report import Report
 from .torch_compat import dynamo
+
+log = logging.getLogger(__name__)
+
+RUNS_EAGERLY = "not compiled, runs eagerly"
+"""What ``Report.fallback_kind`` says where there is nothing else to report."""
 
 Callback = Callable[..., Any]
 
@@ -48,6 +54,7 @@ def gradprune(
     parsed = Options.parse({**({"mode": mode} if mode else {}), **(options or {})})
     recorder = Recorder(dynamo.compiling_name())
     compiled = compile_graph(gm, example_inputs, parsed, (recorder, Observer(recorder.report, parsed)))
+    dynamo.note_compiled()
     wrapper = dynamo.compiling_wrapper()
     if wrapper is not None:
         reference = weakref.ref(wrapper, _forget)
@@ -64,8 +71,25 @@ _compilations: list[tuple[weakref.ref[Any], Any, Report]] = []
 """Which ``torch.compile`` call, which function's code, and the report, for every graph that can still be called."""
 
 
+def _note_left_out(left: dynamo.LeftOut) -> None:
+    """Say once what is left to Python, and note it for the reports, so that nothing runs eagerly without a word."""
+    reason = f"{left.where}: {left.reason}"
+    if any(reference() is left.wrapper and known == reason for reference, known in _left_out):
+        return
+    _left_out.append((weakref.ref(left.wrapper, _forget), reason))
+    log.warning("gradprune: %s: %s", RUNS_EAGERLY if left.whole else "compiled in part", reason)
+
+
+dynamo.on_left_out(gradprune, _note_left_out)
+
+
+_left_out: list[tuple[weakref.ref[Any], str]] = []
+"""Which ``torch.compile`` call, and what of it Dynamo left to Python and why."""
+
+
 def _forget(gone: weakref.ref[Any]) -> None:
     _compilations[:] = [entry for entry in _compilations if entry[0] is not gone]
+    _left_out[:] = [entry for entry in _left_out if entry[0] is not gone]
 
 
 def reports(compiled: Callable[..., Any] | torch.nn.Module) -> list[Report]:
@@ -79,7 +103,24 @@ def reports(compiled: Callable[..., Any] | torch.nn.Module) -> list[Report]:
     Raises:
         GradpruneError: ``compiled`` is not compiled by gradprune.
     """
-    compiled = getattr(compiled, "_gradprune_compiled", compiled)
+    parts = vars(compiled).get("_gradprune_compiled") if isinstance(compiled, torch.nn.Module) else None
+    if parts is not None:
+        pairs = [_reports_of(part) for part in list(parts.values())]
+        found = [report for pair in pairs for report in pair[0]]
+        return _with_left_out(found, [*vars(compiled)["_gradprune_notes"], *(why for pair in pairs for why in pair[1])])
+    return _with_left_out(*_reports_of(compiled))
+
+
+def _with_left_out(found: list[Report], reasons: list[str]) -> list[Report]:
+    for report in found:
+        report.left_out = reasons
+    if reasons and not found:
+        return [Report("model", fallback="; ".join(reasons), fallback_kind=RUNS_EAGERLY, left_out=reasons)]
+    return found
+
+
+def _reports_of(compiled: Any) -> tuple[list[Report], list[str]]:
+    """The reports of one ``torch.compile`` call, and what of it runs eagerly."""
     wrapper = dynamo.compile_wrapper_of(compiled)
     if wrapper is None or wrapper.compiler_fn is not gradprune:
         raise GradpruneError(
@@ -87,11 +128,12 @@ def reports(compiled: Callable[..., Any] | torch.nn.Module) -> list[Report]:
         )
     code = dynamo.code_of(compiled)
     # Dynamo shares what it compiled between equal torch.compile calls on one function, so the reports are shared too.
-    return [
+    found = [
         report
         for reference, compiled_code, report in _compilations
         if reference() is wrapper or (reference() == wrapper and code is not None and compiled_code is code)
     ]
+    return found, [reason for reference, reason in _left_out if reference() is wrapper]
 
 
 def compile(fn: F, *, fullgraph: bool = False, dynamic: bool | None = None, **options: Any) -> F:

@@ -17,7 +17,17 @@ from torch import fx
 from gradprune.errors import PassError, TrainingStepError
 from gradprune.graph.step_graph import Form, InputRole, OutputRole, set_outputs, source_line
 from gradprune.torch_compat.aot import functorch_grad
-from gradprune.torch_compat.dynamo import is_module_state, module_state_of_grad
+from gradprune.torch_compat.dynamo import (
+    compiling_name,
+    example_of,
+    is_module_state,
+    module_state_of_grad,
+    optimized_parameters,
+    source_name,
+)
+
+from .dropped import note_dropped
+from .perturbations import is_perturbation
 
 
 @dataclass
@@ -32,6 +42,7 @@ class Capture:
         gradient_calls: Names of the Dynamo nodes that take a gradient.
         visible_outputs: How many outputs Dynamo expects; what follows them was added for the passes.
         training_only: The model's output is differentiable with respect to weights and nothing else.
+        optimized: Parameters that an optimizer updates in the code that was captured, or behind a break in it.
     """
 
     form: Form
@@ -41,6 +52,7 @@ class Capture:
     gradient_calls: frozenset[str] = frozenset()
     visible_outputs: int = 0
     training_only: bool = False
+    optimized: list[Any] = field(default_factory=list)
 
     @property
     def tensor_inputs(self) -> list[InputRole]:
@@ -66,7 +78,7 @@ def capture(gm: fx.GraphModule, *, forward_only: bool = False) -> Capture:
     if calls:
         prepared = _prepare_step(gm, calls)
     elif forward_only and not any(_requires_grad(value) for value in _graph_outputs(gm.graph)):
-        roles = [_input_role(node, is_perturbation=False) for node in _placeholders(gm.graph)]
+        roles = [_input_role(node, attacked=False) for node in _placeholders(gm.graph)]
         prepared = Capture("step", roles, visible_outputs=len(_graph_outputs(gm.graph)))
     else:
         prepared = _prepare_model(gm)
@@ -88,12 +100,17 @@ def _graph_outputs(graph: fx.Graph) -> list[Any]:
     return list(graph.output_node().args[0])  # type: ignore[arg-type]
 
 
-def _input_role(placeholder: fx.Node, *, is_perturbation: bool) -> InputRole:
-    if is_module_state(placeholder):
-        return InputRole.WEIGHT
+def _input_role(placeholder: fx.Node, *, attacked: bool) -> InputRole:
+    if _is_weight(placeholder):
+        return InputRole.PERTURBATION if attacked else InputRole.WEIGHT
     if not isinstance(placeholder.meta.get("example_value"), torch.Tensor):
         return InputRole.SIZE
-    return InputRole.PERTURBATION if is_perturbation else InputRole.DATA
+    return InputRole.PERTURBATION if attacked else InputRole.DATA
+
+
+def _is_weight(placeholder: fx.Node) -> bool:
+    """Whether an input is a parameter or buffer of a module that was not marked as a perturbation."""
+    return is_module_state(placeholder) and not is_perturbation(example_of(placeholder))
 
 
 # --- Model form -------------------------------------------------------------------------------------------------------
@@ -102,7 +119,7 @@ def _input_role(placeholder: fx.Node, *, is_perturbation: bool) -> InputRole:
 def _prepare_model(gm: fx.GraphModule) -> Capture:
     roles = []
     for node in _placeholders(gm.graph):
-        roles.append(_input_role(node, is_perturbation=_requires_grad(node)))
+        roles.append(_input_role(node, attacked=_requires_grad(node) and not _is_weight(node)))
     outputs = _graph_outputs(gm.graph)
     prepared = Capture("model", roles, visible_outputs=len(outputs))
     if InputRole.PERTURBATION not in roles and any(_requires_grad(value) for value in outputs):
@@ -146,18 +163,39 @@ def _origin(node: fx.Node) -> fx.Node:
         node = node.args[0]
 
 
+def _leaf(node: fx.Node) -> fx.Node:
+    """The node that a gradient is taken with respect to, without what only marks it for that."""
+    while getattr(node.target, "__name__", node.target) in ("_wrap_for_grad", "requires_grad_"):
+        if not isinstance(node.args[0], fx.Node):
+            break
+        node = node.args[0]
+    return node
+
+
+def _is_frozen(placeholder: fx.Node) -> bool:
+    return isinstance(example_of(placeholder), torch.nn.Parameter) and not _requires_grad(placeholder)
+
+
 def _prepare_step(gm: fx.GraphModule, calls: list[fx.Node]) -> Capture:
     graph = gm.graph
     placeholders = _placeholders(graph)
-    weights = {node for node in placeholders if is_module_state(node)}
-    differentiated = [_origin(node) for call in calls for node in _differentiated(call)]
-    if all(node in weights for node in differentiated):
-        raise TrainingStepError(_training_message(calls))
+    weights = {node for node in placeholders if _is_weight(node)}
+    leaves = [_leaf(node) for call in calls for node in _differentiated(call)]
+    if all(node in weights for node in leaves):
+        # Beside frozen parameters, what is not frozen is what the gradient is taken for.
+        if not any(_is_frozen(node) for node in weights):
+            raise TrainingStepError(_training_message(calls))
+        weights.difference_update(leaves)
+    # A leaf that is made of a buffer is a perturbation, and what follows from it changes from step to step.
+    origins = {_origin(node) for node in leaves if node not in weights}
+    weights -= origins
+    differentiated = [_origin(node) if node not in weights else node for node in leaves]
     roles = []
     for node in placeholders:
-        roles.append(_input_role(node, is_perturbation=node in differentiated))
+        roles.append(_input_role(node, attacked=node in origins))
     names = frozenset(call.name for call in calls)
     prepared = Capture("step", roles, gradient_calls=names, visible_outputs=len(_graph_outputs(graph)))
+    prepared.optimized = optimized_parameters()
     _mark_explicit_weight_gradients(graph, calls, weights, prepared)
     for weight in weights:
         _expose_accumulated_gradient(graph, weight, calls, prepared)
@@ -171,7 +209,8 @@ def _training_message(calls: list[fx.Node]) -> str:
         f"every gradient taken in this step{f' ({where})' if where else ''} is that of a module's weight: this is a "
         "training step, and gradprune compiles attack steps. Compile it with torch.compile's default backend instead. "
         "If it is an attack, its perturbation does not require grad: call x_adv = x_adv.detach().requires_grad_(True) "
-        "before the forward pass; a perturbation that is a module's own parameter has to be passed as an argument"
+        "before the forward pass; if what it attacks is a module's own parameter, mark it: "
+        "gradprune.perturbation(parameter_or_module)"
     )
 
 
@@ -219,6 +258,10 @@ def _expose_accumulated_gradient(graph: fx.Graph, weight: fx.Node, calls: list[f
     accumulators: list[fx.Node] = [*buffers, *slots]  # type: ignore[list-item]
     if not buffers or any(buffer.target is not torch.empty_like for buffer in buffers):  # type: ignore[union-attr]
         return
+    parameter = example_of(weight)
+    if any(parameter is other for other in prepared.optimized):
+        _keep(graph, accumulators, "an optimizer in this step reads it", prepared)
+        return
     additions = set()
     for accumulator in accumulators:
         for user in accumulator.users:
@@ -237,6 +280,8 @@ def _expose_accumulated_gradient(graph: fx.Graph, weight: fx.Node, calls: list[f
                 return
     for addition in additions:
         graph.erase_node(addition)
+    if parameter is not None:
+        note_dropped([(source_name(weight), parameter)], f"the step {compiling_name()}".rstrip())
     outputs = _graph_outputs(graph)
     for buffer in buffers:
         if buffer not in outputs:

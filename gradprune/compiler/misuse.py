@@ -6,11 +6,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from gradprune.errors import DoubleBackwardError, TrainingStepError, WeightGradientError
 from gradprune.torch_compat import aot
 
 from .capture import Capture
+from .dropped import note_dropped
 
 Callback = Callable[..., Any]
 
@@ -36,30 +38,81 @@ def _guard(output: Any, training_only: bool) -> Any:
         return output
     if training_only and output.is_floating_point() and torch.is_grad_enabled():
         anchor = torch.empty(0, device=output.device, requires_grad=True)
-        return _NoWeightGradient.apply(output, anchor)
+        return _WithoutWeightGradients.apply(output, anchor)
     if output.grad_fn is not None:
         output.grad_fn.register_hook(_refuse_double_backward)
+        output.grad_fn.register_prehook(_note_gradient)
     return output
 
 
-class _NoWeightGradient(torch.autograd.Function):
-    """Identity whose backward says that only weights could receive a gradient here.
+def without_weight_gradients(output: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
+    """An output that requires a gradient as that of the original would, where none of its weights receives one."""
+    if not (output.is_floating_point() or output.is_complex()):
+        return output
+    return _WithoutWeightGradients.apply(output, *weights)  # type: ignore[no-any-return]
 
-    The anchor is a leaf that requires grad, without which the result would not.
-    """
+
+class _WithoutWeightGradients(torch.autograd.Function):
+    """Identity of an output; to autograd, a function of the weights as well, which receive nothing."""
 
     @staticmethod
-    def forward(ctx: Any, output: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor:
-        return output.view_as(output)
+    def forward(ctx: Any, output: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
+        ctx.weights = weights
+        return output
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> None:
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        reached = ctx.needs_input_grad[0]
+        weights = ctx.weights
+        if isinstance(weights[0], nn.Parameter) and aot.requests_weight_gradient([False, *[True] * len(weights)]):
+            raise WeightGradientError(_NO_WEIGHT_GRADIENT)
+        if reached:
+            note_dropped([("", weight) for weight in weights], "a model")
+            _note_gradient()
+        else:
+            _expect_gradient()
+        return (grads[0] if reached else None, *[None] * len(weights))
+
+
+_pending: dict[int, bool] = {}
+"""By the number of a running backward pass: whether it has reached something that is attacked."""
+
+
+def _note_gradient(*_: Any) -> None:
+    """A gradient arrived at an output that depends on something that is attacked."""
+    if (task := aot.current_graph_task()) in _pending:
+        _pending[task] = True
+    else:
+        _begin(task, True)
+
+
+def _expect_gradient() -> None:
+    """A gradient arrived at an output that depends on weights alone, which is fine if it is not the only one."""
+    if (task := aot.current_graph_task()) not in _pending:
+        _begin(task, False)
+
+
+def _begin(task: int, reached: bool) -> None:
+    _pending[task] = reached
+    aot.at_end_of_backward(lambda: _end(task))
+
+
+def _end(task: int) -> None:
+    if not _pending.pop(task, True):
         raise TrainingStepError(
             "backward() was called on a model compiled with gradprune, and no input of the model requires grad: the "
             "only gradients would be those of weights, which gradprune does not compute. To attack, call "
-            "x_adv.requires_grad_(True) before the forward pass; to train, use the model that was not compiled, "
-            "or compile it with torch.compile's default backend"
+            "x_adv.requires_grad_(True) before the forward pass, or, if what is attacked is a parameter or the output "
+            "of a layer such as an embedding, gradprune.perturbation(parameter_or_module); to train, use the model "
+            "that was not compiled, or compile it with torch.compile's default backend"
         )
+
+
+_NO_WEIGHT_GRADIENT = (
+    "the gradient of a weight was asked for explicitly from a model compiled with gradprune, which computes gradients "
+    "of inputs only. Take it from the model that was not compiled, or from one compiled with torch.compile's default "
+    "backend, which share the weights; or, if the attack changes this weight, mark it: gradprune.perturbation(weight)"
+)
 
 
 def refuse_weight_gradients(compiled: Callback, weights: list[bool]) -> Callback:
@@ -67,11 +120,7 @@ def refuse_weight_gradients(compiled: Callback, weights: list[bool]) -> Callback
 
     def backward(args: list[Any]) -> Any:
         if aot.requests_weight_gradient(weights):
-            raise WeightGradientError(
-                "the gradient of a weight was asked for explicitly from a model compiled with gradprune, which "
-                "computes gradients of inputs only. Take it from the model that was not compiled, or from one "
-                "compiled with torch.compile's default backend; both share the weights"
-            )
+            raise WeightGradientError(_NO_WEIGHT_GRADIENT)
         return compiled(args)
 
     backward._boxed_call = True  # type: ignore[attr-defined]

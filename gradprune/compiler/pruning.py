@@ -8,12 +8,15 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import fx
+from torch.utils.checkpoint import CheckpointPolicy
 
 from gradprune import passes
 from gradprune.errors import PassError
 from gradprune.graph.regions import mark_backward
 from gradprune.graph.step_graph import InputRole, OutputRole, StepGraph, set_outputs
+from gradprune.ops import kept_copy
 from gradprune.passes.pipeline import PassRecord, pass_identity, run_passes
 from gradprune.torch_compat import aot, dynamo, inductor
 
@@ -41,6 +44,8 @@ class PruningPass(inductor.CustomGraphPass):
         if not compilation.attempt(Fallback.PASSES, graph, lambda: self._prune(graph), "pruning failed"):
             compilation.parts = None
             _drop_weight_gradients(graph, capture)
+        if capture.form == "model":
+            save_what_is_overwritten(graph)
 
     def _prune(self, graph: fx.Graph) -> None:
         """Run the passes, then divide a step at the values that they hoist."""
@@ -77,6 +82,35 @@ def _drop_weight_gradients(graph: fx.Graph, capture: Capture) -> None:
     roles, _ = _output_roles(graph, capture)
     values = zip(graph.output_node().args[0], roles, strict=True)  # type: ignore[arg-type]
     set_outputs(graph, [None if role is OutputRole.WEIGHT_GRAD else value for value, role in values])
+
+
+def save_what_is_overwritten(graph: fx.Graph) -> None:
+    """Have the backward pass of a model read what its forward pass read of inputs that it writes to.
+
+    Torch divides the graph where the least has to be saved, and computes again in the backward pass what follows from
+    inputs. An input that the forward pass overwrites, such as a buffer, is another one by then.
+    """
+    writes = list(graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default))
+    written = [node.args[0] for node in writes if isinstance(node.args[0], fx.Node)]
+    if not written:
+        return
+    described = zip(graph.output_node().args[0], aot.output_descriptors(graph), strict=True)  # type: ignore[arg-type]
+    pending = [value for value, one in described if isinstance(one, aot.GradAOTOutput) and value is not None]
+    needed = set[fx.Node]()
+    while pending:
+        node = pending.pop()
+        if node not in needed:
+            needed.add(node)
+            pending += node.all_input_nodes
+    placeholders = list(graph.find_nodes(op="placeholder"))
+    for placeholder in placeholders:
+        if placeholder in needed and placeholder in written:
+            with graph.inserting_after(placeholders[-1]):
+                copy = graph.call_function(kept_copy, (placeholder,))
+            copy.meta.update(val=placeholder.meta["val"].clone(), recompute=CheckpointPolicy.MUST_SAVE, ac_graph_id=0)
+            for user in list(placeholder.users):
+                if user is not copy and user not in writes:
+                    user.replace_input_with(placeholder, copy)
 
 
 @functools.lru_cache(maxsize=1)

@@ -84,7 +84,7 @@ def analyse(fn: Callable[..., Any], args: Sequence[Any], options: Options) -> An
         found.append(recorder.report)
         return compiled
 
-    _call(fn, args, compile_one, flags=dynamo.TRACED_FLAGS)
+    _call(fn, args, compile_one, flags=tuple(dynamo.TRACED_FLAGS))
     with_gradient = [report for report in found if report.takes_gradient]
     if not with_gradient:
         raise NoPerturbationError(

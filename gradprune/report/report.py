@@ -50,7 +50,9 @@ class Report:
         fallback: Why something had to be done without, ``None`` if nothing had to.
         fallback_kind: What it was, ``None`` if nothing was: ``"folding failed"`` (batch norm is not folded),
             ``"passes failed, compiled as captured"`` (all but unread weight gradients is computed) or
-            ``"compiled as captured"`` (nothing is known about the graph).
+            ``"compiled as captured"`` (nothing is known about the graph); or ``"not compiled, runs eagerly"`` of a call
+            that nothing was compiled for.
+        left_out: What of the function or module Dynamo left to Python, with the line and why.
         function: Name of the function or module that the graph was captured from, if it is known.
         dump: Folder that all of this was written to, ``None`` if nothing was.
         dump_error: Why something is missing there, ``None`` if nothing is.
@@ -61,6 +63,7 @@ class Report:
     kernels: list[Kernel] = field(default_factory=list)
     fallback: str | None = None
     fallback_kind: str | None = None
+    left_out: list[str] = field(default_factory=list)
     function: str = ""
     dump: str | None = None
     dump_error: str | None = None

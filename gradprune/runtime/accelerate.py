@@ -2,11 +2,35 @@
 
 from __future__ import annotations
 
+import logging
+from types import FunctionType
 from typing import Any
 
+import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
+from gradprune.backend import RUNS_EAGERLY
 from gradprune.backend import compile as compile_
+from gradprune.compiler.misuse import without_weight_gradients
+from gradprune.compiler.options import Options
+from gradprune.errors import TrainingStepError
+
+from .guard import frozen
+
+log = logging.getLogger(__name__)
+
+
+def _call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return model(*args, **kwargs)
+
+
+def _hooked(model: nn.Module) -> str | None:
+    """Name of a layer with a hook behind its forward pass or in its backward pass, ``None`` if there is none."""
+    for name, module in model.named_modules(remove_duplicate=False):
+        if module._forward_hooks or module._backward_hooks or module._backward_pre_hooks:
+            return str(name)
+    return None
 
 
 class AcceleratedModule(nn.Module):
@@ -24,7 +48,9 @@ class AcceleratedModule(nn.Module):
         self.__dict__["_non_persistent_buffers_set"] = model._non_persistent_buffers_set
         self.__dict__["_gradprune_original"] = model
         self.__dict__["_gradprune_options"] = options
-        self.__dict__["_gradprune_compiled"] = compile_(model, **options)
+        self.__dict__["_gradprune_compiled"] = {}
+        self.__dict__["_gradprune_notes"] = []
+        Options.parse(options)
 
     @property
     def training(self) -> bool:
@@ -37,7 +63,51 @@ class AcceleratedModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the original returns."""
-        return self.__dict__["_gradprune_compiled"](*args, **kwargs)
+        model = self.__dict__["_gradprune_original"]
+        if torch.compiler.is_compiling():
+            return model(*args, **kwargs)
+        inputs = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
+        with frozen(model, inputs) as weights:
+            hooked = _hooked(model)
+            call = self._compiled_for(inputs) if hooked is None else self._eager(hooked)
+            try:
+                result = call(model, args, kwargs)
+            except RuntimeError as error:
+                if "retain_grad" not in str(error):
+                    raise
+                raise TrainingStepError(
+                    f"a hook asks for the gradient of a value in {type(model).__name__} that depends on weights alone, "
+                    "which gradprune does not compute. If that is what the attack changes, mark the layer or parameter "
+                    "it comes from: gradprune.perturbation(model.embedding)"
+                ) from error
+        if not weights or not torch.is_grad_enabled():
+            return result
+        return tree_map_only(torch.Tensor, lambda output: without_weight_gradients(output, weights), result)
+
+    def _eager(self, layer: str) -> Any:
+        """What runs a model with such a hook: a compiled one has no tensors between its layers to take gradients of."""
+        notes, name = self.__dict__["_gradprune_notes"], type(self.__dict__["_gradprune_original"]).__name__
+        reason = f"{name} has a hook on {layer or 'itself'}, which may keep or change what autograd makes of that layer"
+        if reason not in notes:
+            notes.append(reason)
+            log.warning("gradprune: %s, with frozen weights: %s", RUNS_EAGERLY, reason)
+        return _call
+
+    def _compiled_for(self, inputs: list[torch.Tensor]) -> Any:
+        """What is compiled for such a call.
+
+        Dynamo compiles one code object a few times and then never again. So calls that differ in what no code can be
+        shared between have code objects of their own; those of other batch sizes share one.
+        """
+        model, compiled = (self.__dict__[name] for name in ("_gradprune_original", "_gradprune_compiled"))
+        kinds = tuple((one.dtype, one.device.type, one.requires_grad, one.ndim) for one in inputs)
+        device = inputs[0].device.type if inputs else "cpu"
+        cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        key = kinds, cast, torch.is_grad_enabled(), torch.is_inference_mode_enabled(), model.training
+        if key not in compiled:
+            code = _call.__code__.replace(co_name=type(model).__name__)
+            compiled[key] = compile_(FunctionType(code, _call.__globals__), **self.__dict__["_gradprune_options"])
+        return compiled[key]
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -53,8 +123,28 @@ class AcceleratedModule(nn.Module):
         return f"gradprune: {type(self.__dict__['_gradprune_original']).__name__}"
 
 
+class AcceleratedContainer(AcceleratedModule):
+    """The same of a module with a length, such as ``nn.Sequential``."""
+
+    def __len__(self) -> int:
+        return len(self.__dict__["_gradprune_original"])
+
+    def __iter__(self) -> Any:
+        return iter(self.__dict__["_gradprune_original"])
+
+    def __getitem__(self, key: Any) -> Any:
+        return self.__dict__["_gradprune_original"][key]
+
+    def __contains__(self, key: Any) -> bool:
+        return key in self.__dict__["_gradprune_original"]
+
+    def __bool__(self) -> bool:
+        return True
+
+
 def _rebuild(model: nn.Module, options: dict[str, Any]) -> AcceleratedModule:
-    return AcceleratedModule(model, options)
+    kind = AcceleratedContainer if hasattr(type(model), "__len__") else AcceleratedModule
+    return kind(model, options)
 
 
 def accelerate(model: nn.Module, **options: Any) -> AcceleratedModule:
@@ -78,4 +168,4 @@ def accelerate(model: nn.Module, **options: Any) -> AcceleratedModule:
         raise TypeError(
             f"accelerate takes an nn.Module, not {type(model).__name__}; use gradprune.compile for functions"
         )
-    return AcceleratedModule(model, options)
+    return _rebuild(model, options)

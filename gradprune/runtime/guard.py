@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import nn
+
+from gradprune.compiler.perturbations import is_perturbation
 
 Mode = Literal["eval", "keep"]
 
@@ -43,3 +46,41 @@ def unchanged(model: Any, mode: Mode) -> Iterator[None]:
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)
+
+
+_freezing = threading.Lock()
+_frozen: dict[int, tuple[int, list[nn.Parameter]]] = {}
+"""By the identity of a model: how many calls are running, and which parameters require gradients otherwise."""
+
+
+@contextmanager
+def frozen(model: nn.Module, inputs: Sequence[torch.Tensor]) -> Iterator[list[nn.Parameter]]:
+    """Have the parameters of a model require no gradient for the block, but for those that are perturbations.
+
+    A parameter is one if it was marked as such, or if no input requires a gradient and other parameters require none
+    either: then it is what the gradient is taken for.
+
+    Yields:
+        The parameters that require gradients otherwise.
+    """
+    with _freezing:
+        count, weights = _frozen.get(id(model), (0, []))
+        if not count:
+            parameters = list(model.parameters())
+            weights = [one for one in parameters if one.requires_grad and not is_perturbation(one)]
+            attacked = any(one.requires_grad for one in inputs) or any(map(is_perturbation, parameters))
+            if not attacked and len(weights) < len(parameters):
+                weights = []
+            for weight in weights:
+                weight.requires_grad = False
+        _frozen[id(model)] = count + 1, weights
+    try:
+        yield weights
+    finally:
+        with _freezing:
+            count, weights = _frozen.pop(id(model))
+            if count > 1:
+                _frozen[id(model)] = count - 1, weights
+            else:
+                for weight in weights:
+                    weight.requires_grad = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +29,8 @@ __all__ = [
     "PlainAOTInput",
     "PlainAOTOutput",
     "TangentAOTInput",
+    "at_end_of_backward",
+    "current_graph_task",
     "declare_absent_outputs",
     "declare_no_donated_buffers",
     "functorch_config",
@@ -115,3 +117,13 @@ def requests_weight_gradient(weights: Sequence[bool]) -> bool:
         everything = everything and runs
         asked = asked or (runs and is_weight)
     return asked and not everything
+
+
+def current_graph_task() -> int:
+    """Number of the running backward pass."""
+    return torch._C._current_graph_task_id()
+
+
+def at_end_of_backward(call: Callable[[], None]) -> None:
+    """Have something called behind the running backward pass; what it raises, ``backward()`` raises."""
+    torch.autograd.Variable._execution_engine.queue_callback(call)

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import sys
+import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from types import CellType, FunctionType, ModuleType
 from typing import Any
 
 import torch
 import torch._dynamo.config as dynamo_config
 from torch import fx
-from torch._dynamo.exc import RestartAnalysis
+from torch._C._dynamo.eval_frame import reset_code
+from torch._dynamo.callback import callback_handler
+from torch._dynamo.exc import RestartAnalysis, Unsupported
+from torch._dynamo.output_graph import graph_break_reasons  # type: ignore[attr-defined]
 from torch._dynamo.source import AttrSource, GradSource, is_from_unspecialized_nn_module_source
 from torch._dynamo.symbolic_convert import SpeculationLog
 from torch._dynamo.utils import counters
@@ -19,6 +27,7 @@ from torch._logging._internal import trace_structured
 __all__ = [
     "TRACED_FLAGS",
     "TRACES_REQUIRES_GRAD",
+    "LeftOut",
     "code_of",
     "compile_wrapper_of",
     "compiling_code",
@@ -27,12 +36,17 @@ __all__ = [
     "counters",
     "dynamo_config",
     "dynamo_nodes",
+    "example_of",
     "forget_backend",
     "forget_sources_of_constants",
     "is_module_state",
     "is_restart",
     "leaves",
     "module_state_of_grad",
+    "note_compiled",
+    "on_left_out",
+    "optimized_parameters",
+    "recompile",
     "scope_to_backend",
     "source_name",
     "trace_artifact",
@@ -57,9 +71,14 @@ def source_name(placeholder: fx.Node) -> str:
 def leaves(graph: fx.Graph) -> Iterator[torch.Tensor]:
     """The tensors behind the placeholders of a Dynamo graph that may have a ``.grad``."""
     for placeholder in graph.find_nodes(op="placeholder"):
-        example = getattr(placeholder.meta.get("grapharg"), "example", None)
+        example = example_of(placeholder)
         if isinstance(example, torch.Tensor) and example.is_leaf:
             yield example
+
+
+def example_of(placeholder: fx.Node) -> Any:
+    """The value that a placeholder of Dynamo's graph stands for, as it was given; ``None`` if it is gone."""
+    return getattr(placeholder.meta.get("grapharg"), "example", None)
 
 
 def module_state_of_grad(placeholder: fx.Node) -> Any:
@@ -94,23 +113,26 @@ def _current_translator() -> Any:
 
 
 class _ScopedFlag(int):
-    """A boolean configuration value that is true only while a given backend's graph is being traced.
+    """A boolean configuration value that is another only while a given backend's graph is being traced.
 
     See Note [Scoped Dynamo flags].
     """
 
     name: str
+    value: bool
     backends: list[Callable[..., Any]]
 
     def __bool__(self) -> bool:
-        if int(self):
-            return True
+        usual = bool(int(self))
+        if usual is self.value:
+            return usual
         translator = _current_translator()
-        if translator is None:
-            return False
+        if translator is None:  # guards are made behind the tracing
+            is_ours = not self.value and any(_being_compiled(backend)[0] is not None for backend in self.backends)
+            return self.value if is_ours else usual
         if not any(function in self.backends for function in _backend_chain(translator.output.compiler_fn)):
-            return False
-        return self.name != "trace_autograd_ops" or not _backward_would_be_lost(translator.output)
+            return usual
+        return self.value if self.name != "trace_autograd_ops" else not _backward_would_be_lost(translator.output)
 
     def __repr__(self) -> str:
         return repr(bool(int(self)))  # Dynamo hashes the text of its configuration
@@ -149,23 +171,24 @@ TRACES_REQUIRES_GRAD = hasattr(SpeculationLog(), "graph_break_on_requires_grad_"
 """Whether Dynamo traces ``requires_grad_()`` on a value made in the function it traces. Where it does not (torch 2.11),
 it breaks the graph there, and the step proper is the second piece."""
 
-TRACED_FLAGS = ("trace_autograd_ops", "allow_rnn")
-"""Flags of ``torch._dynamo.config`` that gradprune needs while it compiles."""
+TRACED_FLAGS = {"trace_autograd_ops": True, "allow_rnn": True, "skip_nnmodule_hook_guards": False}
+"""Flags of ``torch._dynamo.config`` that gradprune needs while it compiles, and what they have to be."""
 
 
 def scope_to_backend(flag: str, backend: Callable[..., Any]) -> None:
-    """Turn on a boolean of ``torch._dynamo.config`` while ``backend`` is compiling, and only then.
+    """Set a boolean of ``torch._dynamo.config`` while ``backend`` is compiling, and only then, see ``TRACED_FLAGS``.
 
     Note [Scoped Dynamo flags]: Dynamo traces ``torch.autograd.grad`` and ``Tensor.backward()`` only under
-    ``trace_autograd_ops``, and recurrent layers only under ``allow_rnn``; both are process-wide and off by default.
-    Turning them on globally would change how every other backend compiles. Dynamo asks ``if config.flag`` at the moment
+    ``trace_autograd_ops``, and recurrent layers only under ``allow_rnn``; it looks at hooks that were added to a module
+    or removed from it only without ``skip_nnmodule_hook_guards``. All are process-wide and otherwise by default.
+    Setting them globally would change how every other backend compiles. Dynamo asks ``if config.flag`` at the moment
     it meets such a call, so a value whose truth depends on who is compiling scopes the flag exactly. It is an ``int``
-    because Dynamo logs its configuration as JSON. A user who sets the flag to True keeps it everywhere.
+    because Dynamo logs its configuration as JSON. A user who sets the flag so keeps it everywhere.
     """
     current = getattr(dynamo_config, flag)
     if not isinstance(current, _ScopedFlag):
         current = _ScopedFlag(bool(current))
-        current.name, current.backends = flag, []
+        current.name, current.value, current.backends = flag, TRACED_FLAGS[flag], []
         setattr(dynamo_config, flag, current)
     current.backends.append(backend)
 
@@ -193,6 +216,175 @@ def compiling_name() -> str:
     """Name of the user's function whose frame is being compiled; empty outside of Dynamo, and for a module."""
     code = compiling_code()
     return "" if code is None or "_dynamo" in Path(code.co_filename).parts else str(code.co_name)
+
+
+# --- What Dynamo does not compile ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Code that Dynamo leaves to Python.
+
+    Attributes:
+        wrapper: The object behind the ``torch.compile`` call.
+        code: Code object of the frame.
+        function: Its name.
+        where: ``file:line``; empty if unknown.
+        reason: Why, in a line.
+        whole: Whether all of the frame is left to Python, and not only what is at that line.
+    """
+
+    wrapper: Any
+    code: Any
+    function: str
+    where: str
+    reason: str
+    whole: bool
+
+
+def on_left_out(backend: Callable[..., Any], tell: Callable[[LeftOut], None]) -> None:
+    """Have ``tell`` called whenever Dynamo, compiling for ``backend``, gives up a frame or breaks a graph.
+
+    Note [Left out]: neither reaches a backend. Dynamo calls whoever wants to know behind each compilation, and has then
+    the error that it is about to swallow in its hands, the frame on its stack, and the breaks in a list.
+    """
+    known = len(graph_break_reasons)
+
+    def look(_: Any) -> None:
+        nonlocal known
+        # The list may have been emptied by somebody else.
+        breaks, known = graph_break_reasons[min(known, len(graph_break_reasons)) :], len(graph_break_reasons)
+        error = sys.exc_info()[1]
+        gave_up = error if isinstance(error, Unsupported) else None
+        if not breaks and gave_up is None:
+            return
+        wrapper, code, soft = _being_compiled(backend)
+        if wrapper is None or code is None or not soft or code.co_filename.startswith(_TORCH):
+            return
+        for one in breaks:
+            if not _is_expected(one.reason):
+                tell(LeftOut(wrapper, code, code.co_name, _last_line(one.user_stack), _first_line(one.reason), False))
+        if gave_up is not None:
+            stack = getattr(gave_up, "real_stack", None) or ()
+            where = _last_line(stack) or f"{code.co_filename}:{code.co_firstlineno}"
+            tell(LeftOut(wrapper, code, code.co_name, where, _first_line(str(gave_up)), True))
+
+    callback_handler.end_callbacks = _Kept([*callback_handler.end_callbacks, look])
+
+    class Limit(logging.Handler):
+        """Hears of the limit of recompilations, which is reached before anybody is called."""
+
+        def emit(self, record: logging.LogRecord) -> None:
+            if "hit config.%s" not in str(record.msg):
+                return
+            wrapper, code, soft = _being_compiled(backend)
+            if wrapper is not None and code is not None and soft:
+                reason = f"it was compiled as often as torch._dynamo.config.{record.args[0]} allows; "  # type: ignore[index]
+                reason += f"the last time because of {record.args[3]}"  # type: ignore[index]
+                where = f"{code.co_filename}:{code.co_firstlineno}"
+                tell(LeftOut(wrapper, code, code.co_name, where, reason, True))
+
+    logging.getLogger("torch._dynamo.convert_frame").addHandler(Limit())
+
+
+class _Kept(list[Any]):
+    """A list that ``torch._dynamo.reset()`` does not empty of what was in it from the start."""
+
+    def __init__(self, kept: list[Any]) -> None:
+        super().__init__(kept)
+        self._kept = list(kept)
+
+    def clear(self) -> None:
+        """Forget what came later."""
+        self[:] = self._kept
+
+
+def _being_compiled(backend: Callable[..., Any]) -> tuple[Any, Any, bool]:
+    """The ``torch.compile`` call and the code that the running compilation is for, and whether it may give up."""
+    frame: Any = sys._getframe(1)
+    wrapper = code = None
+    soft = False
+    while frame is not None and not (soft and code is not None):
+        # Not of anybody else's frames: what is looked at is kept alive by the frame.
+        if frame.f_code.co_filename.startswith(_TORCH):
+            if code is None and frame.f_code.co_name == "_compile":
+                code = frame.f_locals.get("code")
+            converter = frame.f_locals.get("self")
+            chain = list(_backend_chain(getattr(converter, "_torchdynamo_orig_backend", None)))
+            if backend in chain:
+                wrapper = _compile_wrapper(chain[0])
+                soft = soft or type(converter).__name__ == "ConvertFrame"
+        frame = frame.f_back
+    return wrapper, code, soft
+
+
+def _is_expected(reason: str) -> bool:
+    """Whether a break is one that every step has with this version of torch."""
+    return not TRACES_REQUIRES_GRAD and "requires_grad_" in reason
+
+
+_TORCH = str(Path(torch.__file__).parent)
+
+
+def _first_line(text: str) -> str:
+    return next((line.strip() for line in text.splitlines() if line.strip()), "")
+
+
+def _last_line(stack: Any) -> str:
+    """``file:line`` of the innermost call in the user's code."""
+    calls = list(stack)
+    own = [call for call in calls if not call.filename.startswith(_TORCH)] or calls
+    return f"{own[-1].filename}:{own[-1].lineno}" if own else ""
+
+
+def optimized_parameters() -> list[Any]:
+    """Parameters of the optimizers that the function being compiled can reach, if it has a call of ``step``.
+
+    A call of an optimizer is behind a break of the graph, so that nothing in the graph reads the gradients it needs.
+    """
+    translator = _current_translator()
+    if translator is None:
+        return []
+    root = translator.output.root_tx
+    names = root.f_code.co_names
+    values = [*root.f_locals.values(), *(root.f_globals[name] for name in names if name in root.f_globals)]
+    codes = [root.f_code, *(value.__code__ for value in values if isinstance(value, FunctionType))]
+    if not any("step" in code.co_names for code in codes):
+        return []
+    values += [cell.cell_contents for cell in values if isinstance(cell, CellType) and _is_full(cell)]
+    values += [held for value in values for name, held in _attributes(value) if name in names]
+    optimizers = [value for value in values if isinstance(value, torch.optim.Optimizer)]
+    return [parameter for one in optimizers for group in one.param_groups for parameter in group["params"]]
+
+
+def _is_full(cell: CellType) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:
+        return False
+
+
+def _attributes(value: Any) -> list[tuple[str, Any]]:
+    return list(vars(value).items()) if hasattr(value, "__dict__") and not isinstance(value, ModuleType) else []
+
+
+def recompile() -> None:
+    """Have everything compiled again that was compiled for a backend of ours."""
+    for code in list(_compiled):
+        reset_code(code)
+    _compiled.clear()
+
+
+_compiled: weakref.WeakSet[Any] = weakref.WeakSet()
+"""Code objects."""
+
+
+def note_compiled() -> None:
+    """Remember the code that is being compiled, for ``recompile``."""
+    translator = _current_translator()
+    if translator is not None:
+        _compiled.add(translator.f_code)
+        _compiled.add(translator.output.root_tx.f_code)
 
 
 def is_restart(error: BaseException) -> bool:

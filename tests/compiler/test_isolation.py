@@ -91,32 +91,34 @@ def flag(request: pytest.FixtureRequest) -> Iterator[str]:
         setattr(dynamo_config, name, value)
 
 
-def test_flag_is_off_outside_of_a_compilation(flag: str):
-    value = getattr(dynamo_config, flag)
-    assert not value
-    assert value == False  # noqa: E712
-    assert json.loads(json.dumps(bool(value))) is False
-    assert pickle.loads(pickle.dumps(value)) is False
-    assert copy.deepcopy(value) is False
+def test_flag_is_as_usual_outside_of_a_compilation(flag: str):
+    value, usual = getattr(dynamo_config, flag), not dynamo.TRACED_FLAGS[flag]
+    assert bool(value) is usual
+    assert value == usual
+    assert json.loads(json.dumps(bool(value))) is usual
+    assert pickle.loads(pickle.dumps(value)) is usual
+    assert copy.deepcopy(value) is usual
 
 
 @pytest.mark.filterwarnings("ignore:torch._dynamo.config:FutureWarning")
 def test_flag_can_be_saved_hashed_and_restored(flag: str):
+    usual = not dynamo.TRACED_FLAGS[flag]
     digest = dynamo_config.get_hash()
     saved = dynamo_config.save_config()
-    assert repr(getattr(dynamo_config, flag)) == "False"
-    assert dynamo_config.get_config_copy()[flag] == False  # noqa: E712
-    setattr(dynamo_config, flag, True)
+    assert repr(getattr(dynamo_config, flag)) == repr(usual)
+    assert dynamo_config.get_config_copy()[flag] == usual
+    setattr(dynamo_config, flag, not usual)
     assert dynamo_config.get_hash() != digest
     dynamo_config.load_config(saved)
-    assert not getattr(dynamo_config, flag)
+    assert bool(getattr(dynamo_config, flag)) is usual
     assert dynamo_config.get_hash() == digest
 
 
 def test_flag_can_be_patched(flag: str):
-    with dynamo_config.patch({flag: True}):
-        assert getattr(dynamo_config, flag) is True
-    assert not getattr(dynamo_config, flag)
+    usual = not dynamo.TRACED_FLAGS[flag]
+    with dynamo_config.patch({flag: not usual}):
+        assert getattr(dynamo_config, flag) is not usual
+    assert bool(getattr(dynamo_config, flag)) is usual
 
 
 def autograd_grad(x: Tensor) -> Tensor:
