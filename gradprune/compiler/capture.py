@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from gradprune.errors import PassError, TrainingStepError
+from gradprune.errors import CompileError, PassError, TrainingStepError
 from gradprune.graph.step_graph import Form, InputRole, OutputRole, set_outputs, source_line
 from gradprune.torch_compat.aot import functorch_grad
 from gradprune.torch_compat.dynamo import (
@@ -23,6 +23,7 @@ from gradprune.torch_compat.dynamo import (
     is_module_state,
     module_state_of_grad,
     optimized_parameters,
+    rebound_before_grad,
     source_name,
 )
 
@@ -172,6 +173,12 @@ def _leaf(node: fx.Node) -> fx.Node:
     return node
 
 
+def _local_name(placeholder: fx.Node) -> str:
+    """Name of the local variable that an input is, or an empty string."""
+    name = source_name(placeholder)
+    return name[3:-2] if name.startswith("L['") and name.endswith("']") else ""
+
+
 def _is_frozen(placeholder: fx.Node) -> bool:
     return isinstance(example_of(placeholder), torch.nn.Parameter) and not _requires_grad(placeholder)
 
@@ -193,6 +200,13 @@ def _prepare_step(gm: fx.GraphModule, calls: list[fx.Node]) -> Capture:
     roles = []
     for node in placeholders:
         roles.append(_input_role(node, attacked=node in origins))
+    for node in placeholders:
+        if node in origins and (name := _local_name(node)) in rebound_before_grad():
+            raise CompileError(
+                f"{name}.grad is used behind an assignment such as {name} += ..., after which Dynamo no longer knows "
+                f"that it is the gradient of {name}; gradients would add up. Write {name}.add_(...) in "
+                "its place, or see to the gradient before it"
+            )
     names = frozenset(call.name for call in calls)
     prepared = Capture("step", roles, gradient_calls=names, visible_outputs=len(_graph_outputs(graph)))
     prepared.optimized = optimized_parameters()

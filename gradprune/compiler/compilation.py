@@ -40,6 +40,7 @@ class Compilation:
         capture: What Dynamo's graph says about itself.
         was_traced: Whether the passes were shown the ATen graph of the whole capture.
         parts: The divided step, if it was divided.
+        strides: Of the gradients that a model returns, before the passes, by what torch noted on them.
     """
 
     options: Options
@@ -49,6 +50,7 @@ class Compilation:
     capture: Capture = field(default_factory=lambda: Capture("model", []))
     was_traced: bool = False
     parts: Split | None = None
+    strides: dict[Any, tuple[Any, ...]] = field(default_factory=dict)
 
     @cached_property
     def passes(self) -> tuple[Pass, ...]:

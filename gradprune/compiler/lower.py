@@ -18,7 +18,7 @@ from .capture import capture
 from .compilation import Callback, Compilation, InnerCompile
 from .events import Fallback, Listener
 from .hoisted_step import HoistedStep
-from .misuse import refuse_weight_gradients, with_calling_convention
+from .misuse import like_eager, with_calling_convention
 from .options import Options
 from .pruning import PruningPass
 
@@ -179,8 +179,10 @@ def _compile_part(compilation: Compilation, gm: fx.GraphModule, inputs: Sequence
                 step = inner_compile(gm, [*kept, *parts.values], **kwargs)
             return HoistedStep(parts, step, always_refresh=options.always_refresh)
     if kwargs.get("is_backward"):
+        strides = [compilation.strides.get(one) for one in aot.output_descriptors(gm.graph)]
         compiled = inner_compile(gm, inputs, **kwargs)
-        return refuse_weight_gradients(compiled, [role is InputRole.WEIGHT for role in capture.tensor_inputs])
+        weights = [role is InputRole.WEIGHT for role in capture.tensor_inputs]
+        return like_eager(compiled, weights, strides)
     aot.declare_no_donated_buffers()
     compiled = inner_compile(gm, inputs, **kwargs)
     return compiled

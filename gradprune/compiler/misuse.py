@@ -58,7 +58,7 @@ class _WithoutWeightGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, output: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
         ctx.weights = weights
-        return output
+        return output.detach()  # returned as it is, it could not be written to
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
@@ -115,16 +115,34 @@ _NO_WEIGHT_GRADIENT = (
 )
 
 
-def refuse_weight_gradients(compiled: Callback, weights: list[bool]) -> Callback:
-    """A compiled backward pass that raises when a weight gradient is asked for."""
+def like_eager(compiled: Callback, weights: list[bool], strides: Sequence[Sequence[Any] | None]) -> Callback:
+    """A compiled backward pass that raises when a weight gradient is asked for.
+
+    Args:
+        compiled: The backward pass.
+        weights: For every tensor the model was applied to, whether it is a weight.
+        strides: Of every gradient in eager mode, ``None`` where nothing is returned. Inductor may choose others, and
+            attacks call ``gradient.view``.
+    """
 
     def backward(args: list[Any]) -> Any:
         if aot.requests_weight_gradient(weights):
             raise WeightGradientError(_NO_WEIGHT_GRADIENT)
-        return compiled(args)
+        return [
+            _in_strides(value, wanted) if isinstance(value, torch.Tensor) and wanted is not None else value
+            for value, wanted in zip(compiled(args), strides, strict=True)
+        ]
 
     backward._boxed_call = True  # type: ignore[attr-defined]
     return backward
+
+
+def _in_strides(value: torch.Tensor, strides: Sequence[Any]) -> torch.Tensor:
+    if any(not isinstance(stride, int) for stride in strides):  # they depend on symbolic sizes
+        return value.contiguous()
+    if value.stride() == tuple(strides):
+        return value
+    return torch.empty_strided(value.shape, strides, dtype=value.dtype, device=value.device).copy_(value)
 
 
 def _refuse_double_backward(grad_inputs: Sequence[torch.Tensor | None], grad_outputs: object) -> None:

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from gradprune import passes
 from gradprune.errors import PassError
 from gradprune.graph.regions import mark_backward
-from gradprune.graph.step_graph import InputRole, OutputRole, StepGraph, set_outputs
+from gradprune.graph.step_graph import InputRole, OutputRole, StepGraph, set_outputs, tensor_of
 from gradprune.ops import kept_copy
 from gradprune.passes.pipeline import PassRecord, pass_identity, run_passes
 from gradprune.torch_compat import aot, dynamo, inductor
@@ -41,6 +41,7 @@ class PruningPass(inductor.CustomGraphPass):
         if graph.output_node().meta.get("desc") is None:
             return  # the body of a loop, a branch or the like inside the graph
         compilation.was_traced = True
+        compilation.strides = _strides_of_gradients(graph)
         if not compilation.attempt(Fallback.PASSES, graph, lambda: self._prune(graph), "pruning failed"):
             compilation.parts = None
             _drop_weight_gradients(graph, capture)
@@ -82,6 +83,17 @@ def _drop_weight_gradients(graph: fx.Graph, capture: Capture) -> None:
     roles, _ = _output_roles(graph, capture)
     values = zip(graph.output_node().args[0], roles, strict=True)  # type: ignore[arg-type]
     set_outputs(graph, [None if role is OutputRole.WEIGHT_GRAD else value for value, role in values])
+
+
+def _strides_of_gradients(graph: fx.Graph) -> dict[Any, tuple[Any, ...]]:
+    """Strides of the gradients that a graph returns, by their descriptors."""
+    described = zip(graph.output_node().args[0], aot.output_descriptors(graph), strict=True)  # type: ignore[arg-type]
+    found = {}
+    for value, descriptor in described:
+        tensor = tensor_of(value) if isinstance(value, fx.Node) else None
+        if tensor is not None and isinstance(descriptor, aot.GradAOTOutput):
+            found[descriptor] = tensor.stride()
+    return found
 
 
 def save_what_is_overwritten(graph: fx.Graph) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dis
 import logging
 import sys
 import weakref
@@ -46,6 +47,7 @@ __all__ = [
     "note_compiled",
     "on_left_out",
     "optimized_parameters",
+    "rebound_before_grad",
     "recompile",
     "scope_to_backend",
     "source_name",
@@ -335,6 +337,28 @@ def _last_line(stack: Any) -> str:
     calls = list(stack)
     own = [call for call in calls if not call.filename.startswith(_TORCH)] or calls
     return f"{own[-1].filename}:{own[-1].lineno}" if own else ""
+
+
+def rebound_before_grad() -> set[str]:
+    """Names of local variables of the function being compiled of which ``.grad`` is read behind a ``name += ...``.
+
+    Dynamo (2.13) takes what such a statement leaves in the variable for a new tensor, which has no ``.grad``.
+    """
+    code = compiling_code()
+    written, found, loaded = set[str](), set[str](), ""
+    in_place = False
+    for one in dis.get_instructions(code) if code is not None else ():
+        if one.opname.startswith("INPLACE_") or (one.opname == "BINARY_OP" and one.argrepr.endswith("=")):
+            in_place = True
+        elif one.opname == "STORE_FAST":
+            if in_place:
+                written.add(one.argval)
+            in_place = False
+        elif one.opname in ("LOAD_ATTR", "STORE_ATTR") and one.argval == "grad" and loaded in written:
+            found.add(loaded)
+        names = one.argval if isinstance(one.argval, tuple) else (one.argval,)
+        loaded = str(names[-1]) if one.opname.startswith("LOAD_FAST") else ""
+    return found
 
 
 def optimized_parameters() -> list[Any]:
