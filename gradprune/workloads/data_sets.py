@@ -127,6 +127,8 @@ def _digits(options: DataOptions) -> Source:
 
 
 def _arrays(path: Path) -> Source:
+    if path.is_file() and not zipfile.is_zipfile(path):
+        raise OptionError(f"--data {path} is no archive of arrays: write one with numpy.savez({path.name!r}, x=x, y=y)")
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in ("x", "y") if name in file}

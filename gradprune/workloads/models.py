@@ -22,6 +22,7 @@ from .vision import let_torchvision_import
 DIGITS, TIMM = "digits", "timm:"
 FORMS = "module:name of this directory, timm:NAME or digits"
 NESTED = ("state_dict", "model_state_dict", "model")
+PREFIXES = ("module.", "_orig_mod.")
 """Where checkpoints keep their state dict if they hold more than that."""
 NAMES_SHOWN = 3
 
@@ -45,7 +46,13 @@ class Normalized(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits of images ``(N, C, H, W)``."""
+        """Logits of images ``(N, C, H, W)``.
+
+        Raises:
+            OptionError: There are more or fewer channels than numbers.
+        """
+        if self.mean.numel() not in (1, x.shape[1]):
+            raise OptionError(f"--mean and --std have {self.mean.numel()} numbers, the images {x.shape[1]} channels")
         return self.model((x - self.mean) / self.std)  # type: ignore[no-any-return]
 
 
@@ -103,6 +110,8 @@ def load_model(options: ModelOptions, seed: int) -> nn.Module:
         config = getattr(model, "pretrained_cfg", None) or {}
         mean, std = config.get("mean"), config.get("std")
     if mean is not None and std is not None:
+        if len(mean) != len(std):
+            raise OptionError(f"--mean has {len(mean)} numbers and --std {len(std)}: pass one of each for each channel")
         model = Normalized(model, mean, std)
     if options.checkpoint is not None:
         load_checkpoint(model, options.checkpoint)
@@ -125,14 +134,9 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
         raise OptionError(
             f"--checkpoint {path} holds no plain state dict: write one with torch.save(model.state_dict(), path)"
         ) from error
-    for name in NESTED:
-        if isinstance(state, Mapping) and isinstance(state.get(name), Mapping):
-            state = state[name]
-    if not (isinstance(state, Mapping) and all(isinstance(value, Tensor) for value in state.values())):
-        raise OptionError(
-            f"--checkpoint {path} holds no plain state dict: write one with torch.save(model.state_dict(), path)"
-        )
-    state = {name.removeprefix("module."): value for name, value in state.items()}
+    state = _innermost(model, state, path)
+    while state and (prefix := next((one for one in PREFIXES if all(name.startswith(one) for name in state)), None)):
+        state = {name.removeprefix(prefix): value for name, value in state.items()}
     if isinstance(model, Normalized) and not {"mean", "std"} <= state.keys():
         model = model.model
     own = model.state_dict()
@@ -149,6 +153,51 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
     if found:
         raise OptionError(f"--checkpoint {path} is of another model: {'; '.join(found)}")
     model.load_state_dict(state)
+
+
+def _innermost(model: nn.Module, content: Any, path: Path) -> dict[str, Tensor]:
+    """The state dict in a checkpoint: all of it, or what is under one of the usual names, or the one that there is.
+
+    Raises:
+        OptionError: There is none, or one cannot tell which.
+    """
+    while isinstance(content, Mapping) and not (content and all(map(_is_tensor, content.values()))):
+        inner = {
+            str(name): value for name, value in content.items() if isinstance(value, Mapping) and _holds_tensors(value)
+        }
+        usual = [name for name in NESTED if name in inner]
+        fitting = [name for name in inner if _names(inner[name]) & set(model.state_dict())]
+        chosen = usual[:1] or (fitting if len(fitting) == 1 else list(inner))
+        if len(chosen) > 1:
+            raise OptionError(
+                f"--checkpoint {path} holds several state dicts ({', '.join(chosen)}): write the one that is meant "
+                "with torch.save(checkpoint[name], path)"
+            )
+        content = inner[chosen[0]] if chosen else None
+    if not isinstance(content, Mapping):
+        raise OptionError(
+            f"--checkpoint {path} holds no plain state dict: write one with torch.save(model.state_dict(), path)"
+        )
+    return dict(content)
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor)
+
+
+def _holds_tensors(content: Mapping[Any, Any]) -> bool:
+    """Whether a state dict is in there."""
+    values = list(content.values())
+    nested = [value for value in values if isinstance(value, Mapping)]
+    return bool(values) and (all(map(_is_tensor, values)) or any(map(_holds_tensors, nested)))
+
+
+def _names(content: Mapping[Any, Any]) -> set[str]:
+    """The names in a state dict, without prefixes."""
+    names = set(map(str, content))
+    while names and (prefix := next((one for one in PREFIXES if all(name.startswith(one) for name in names)), None)):
+        names = {name.removeprefix(prefix) for name in names}
+    return names
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -204,6 +253,10 @@ def import_named(name: str, option: str = "--model") -> Any:
         raise OptionError(f"{option} {name!r} is not of the form {FORMS}")
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
+    if "/" in module_name or "\\" in module_name or module_name.endswith(".py"):
+        path = Path(module_name)
+        spelling = ".".join(path.with_suffix("").parts) if not path.is_absolute() else path.stem
+        raise OptionError(f"{option} {name!r} is a path, not the name of a module: pass {spelling}:{attribute}")
     try:
         found: Any = importlib.import_module(module_name)
     except ModuleNotFoundError as error:

@@ -61,13 +61,25 @@ def load_target(options: TargetOptions) -> Target:
         let_torchvision_import()
         importlib.import_module("timm")  # what it makes while it is imported shall be real
     context: Any = nullcontext() if options.real else FakeTensorMode()
+    # Some models of timm read values while they are built, of which fake tensors have none.
+    ready = _make(options.name) if options.name.startswith(TIMM) else None
     with context:
-        made = _make(options.name)
+        made = _make(options.name) if ready is None else ready if options.real else _without_memory(ready, context)
         if isinstance(made, nn.Module):
             function, args = _stock(made.eval(), options)
         else:
             function, args = made
     return Target(function, args, context)
+
+
+def _without_memory(model: nn.Module, context: FakeTensorMode) -> nn.Module:
+    """The model with fake tensors in place of its own."""
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    tensors[name] = context.from_tensor(tensor)  # type: ignore[assignment]
+    return model
 
 
 def _make(name: str) -> Any:

@@ -171,6 +171,12 @@ def test_a_dump_that_cannot_be_written_fails_the_command_only(
     assert "FLOP total" in text
 
 
+@pytest.mark.parametrize("name", ["test_convnext", "test_vit", "swin_tiny_patch4_window7_224"])
+def test_models_that_read_values_while_they_are_built(name: str, capsys: pytest.CaptureFixture[str]):
+    pytest.importorskip("timm")
+    assert "FLOP" in printed(capsys, f"timm:{name}", "--batch", "2")
+
+
 REFUSED: dict[str, tuple[int, str]] = {
     "resnet18": (2, "no target 'resnet18': pass module:name"),
     "timm:resnet1": (2, "timm has no model 'resnet1'"),

@@ -35,6 +35,9 @@ def test_a_module_or_what_returns_one(project: Project) -> None:
         ("bad:net", "importing bad failed: SyntaxError"),
         ("lacks:net", "importing lacks failed: No module named 'not_installed'"),
         ("timm:resnet1x8", "timm has no model 'resnet1x8'"),
+        ("./mine:net", "is a path, not the name of a module: pass mine:net"),
+        ("nets/small.py:net", "is a path, not the name of a module: pass nets.small:net"),
+        ("mine.py:net", "pass mine:net"),
     ],
 )
 def test_what_is_no_model_is_named(project: Project, name: str, told: str) -> None:
@@ -75,6 +78,7 @@ def test_normalisation_is_inside_the_model() -> None:
     [
         ({"mean": [0.5]}, "belong together"),
         ({"mean": [0.5], "std": [0.0]}, "has to be positive"),
+        ({"mean": [0.5], "std": [0.5, 0.5]}, "--mean has 1 numbers and --std 2"),
         ({"pretrained": True}, "--pretrained is for timm"),
     ],
 )
@@ -83,8 +87,8 @@ def test_options_that_do_not_fit(options: dict, told: str) -> None:
         load_model(ModelOptions("digits", **options), 0)
 
 
-@pytest.mark.parametrize("nested", [None, "state_dict", "model"])
-@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("nested", [None, "state_dict", "model", "net", "model_ema", "weights"])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module.module.", "module._orig_mod."])
 def test_checkpoints(tmp_path: Path, nested: str | None, prefix: str) -> None:
     trained, model = net(), net()
     state: object = {prefix + name: value for name, value in trained.state_dict().items()}
@@ -92,6 +96,29 @@ def test_checkpoints(tmp_path: Path, nested: str | None, prefix: str) -> None:
     assert fingerprint(model) != fingerprint(trained)
     load_checkpoint(model, tmp_path / "net.pt")
     assert fingerprint(model) == fingerprint(trained)
+
+
+def test_of_several_state_dicts_the_usual_or_the_fitting_one_is_taken(tmp_path: Path) -> None:
+    trained = net()
+    other = {name: value + 1 for name, value in trained.state_dict().items()}
+    for content in (
+        {"model": trained.state_dict(), "model_ema": other},
+        {"net": trained.state_dict(), "optimizer": {"state": {}, "exp_avg": torch.zeros(3)}},
+        {"net": trained.state_dict(), "discriminator": {"scale": torch.zeros(3)}},
+    ):
+        model = net()
+        torch.save(content, tmp_path / "net.pt")
+        load_checkpoint(model, tmp_path / "net.pt")
+        assert fingerprint(model) == fingerprint(trained)
+    torch.save({"first": trained.state_dict(), "second": other}, tmp_path / "net.pt")
+    with pytest.raises(OptionError, match=r"several state dicts \(first, second\)"):
+        load_checkpoint(net(), tmp_path / "net.pt")
+
+
+def test_as_many_numbers_as_channels() -> None:
+    for count, channels in ((3, 1), (2, 3)):
+        with pytest.raises(OptionError, match=f"have {count} numbers, the images {channels} channels"):
+            Normalized(nn.Identity(), [0.5] * count, [1.0] * count)(torch.rand(2, channels, 4, 4))
 
 
 def test_a_checkpoint_of_another_model_is_refused_and_nothing_loaded(tmp_path: Path) -> None:

@@ -71,6 +71,13 @@ def test_files_that_are_not_what_they_should_be(tmp_path: Path, arrays: dict, to
         load_data(DataOptions(save(tmp_path, **arrays)))
 
 
+@pytest.mark.parametrize("content", [b"x,y\n1,2\n", b"\x93NUMPY", b""])
+def test_what_is_no_archive_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "text.npz").write_bytes(content)
+    with pytest.raises(OptionError, match=r"text\.npz is no archive of arrays: write one with numpy\.savez"):
+        load_data(DataOptions(str(tmp_path / "text.npz")))
+
+
 @pytest.mark.parametrize("name", ["nowhere", "nowhere.npz", "damaged.npz", "torchvision:MNISTT", "."])
 def test_what_does_not_exist_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.chdir(tmp_path)
