@@ -19,8 +19,9 @@ def note_dropped(weights: Iterable[tuple[str, torch.Tensor]], by: str) -> None:
     """Note weights, by their names, that received no gradient from a backward pass through ``by``."""
     for name, weight in weights:
         known = _dropped.get(id(weight))
-        if known is None or known[0].cdata != weight.untyped_storage()._cdata:
-            _dropped[id(weight)] = StorageWeakRef(weight.untyped_storage()), by, name
+        if known is not None and known[0].cdata == weight.untyped_storage()._cdata:
+            return  # so are the others
+        _dropped[id(weight)] = StorageWeakRef(weight.untyped_storage()), by, name
 
 
 def _warn_of_void(optimizer: Optimizer, args: Any, kwargs: Any) -> None:

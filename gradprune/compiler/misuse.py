@@ -67,7 +67,7 @@ class _WithoutWeightGradients(torch.autograd.Function):
         if isinstance(weights[0], nn.Parameter) and aot.requests_weight_gradient([False, *[True] * len(weights)]):
             raise WeightGradientError(_NO_WEIGHT_GRADIENT)
         if reached:
-            note_dropped([("", weight) for weight in weights], "a model")
+            note_dropped((("", weight) for weight in weights), "a model")
             _note_gradient()
         else:
             _expect_gradient()

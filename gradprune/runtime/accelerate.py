@@ -16,7 +16,7 @@ from gradprune.compiler.misuse import without_weight_gradients
 from gradprune.compiler.options import Options
 from gradprune.errors import TrainingStepError
 
-from .guard import frozen
+from .guard import frozen, modules_of
 
 log = logging.getLogger(__name__)
 
@@ -27,9 +27,9 @@ def _call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
 
 def _hooked(model: nn.Module) -> str | None:
     """Name of a layer with a hook behind its forward pass or in its backward pass, ``None`` if there is none."""
-    for name, module in model.named_modules(remove_duplicate=False):
+    for module in modules_of(model):
         if module._forward_hooks or module._backward_hooks or module._backward_pre_hooks:
-            return str(name)
+            return next(str(name) for name, other in model.named_modules() if other is module)
     return None
 
 

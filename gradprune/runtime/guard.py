@@ -48,6 +48,17 @@ def unchanged(model: Any, mode: Mode) -> Iterator[None]:
                 buffer.copy_(before)
 
 
+def modules_of(model: nn.Module) -> list[nn.Module]:
+    """All modules of a model, in any order. ``model.modules()`` takes several times as long, which every call pays."""
+    found, pending = dict[int, nn.Module](), [model]
+    while pending:
+        module = pending.pop()
+        if id(module) not in found:
+            found[id(module)] = module
+            pending += [child for child in module._modules.values() if child is not None]
+    return list(found.values())
+
+
 _freezing = threading.Lock()
 _frozen: dict[int, tuple[int, list[nn.Parameter]]] = {}
 """By the identity of a model: how many calls are running, and which parameters require gradients otherwise."""
@@ -66,7 +77,7 @@ def frozen(model: nn.Module, inputs: Sequence[torch.Tensor]) -> Iterator[list[nn
     with _freezing:
         count, weights = _frozen.get(id(model), (0, []))
         if not count:
-            parameters = list(model.parameters())
+            parameters = [one for module in modules_of(model) for one in module._parameters.values() if one is not None]
             weights = [one for one in parameters if one.requires_grad and not is_perturbation(one)]
             attacked = any(one.requires_grad for one in inputs) or any(map(is_perturbation, parameters))
             if not attacked and len(weights) < len(parameters):
