@@ -61,7 +61,8 @@ class Way:
 AUTOGRAD_GRAD = Way("autograd.grad", step_by_autograd_grad, "step")
 BACKWARD = Way("backward", step_by_backward, "step", computes_weight_gradients=True)
 FUNC_GRAD = Way("func.grad", step_by_func_grad, "step")
-ACCELERATE = Way("accelerate", step_by_backward, "model", computes_weight_gradients=True)
+ACCELERATE = Way("accelerate", step_by_backward, "model")
+"""Its weights require no gradient while it runs, so that there are no weight gradients to begin with."""
 
 ALL_WAYS = (AUTOGRAD_GRAD, BACKWARD, FUNC_GRAD, ACCELERATE)
 
