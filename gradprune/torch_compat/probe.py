@@ -53,6 +53,7 @@ def _has(piece: Any, name: str) -> bool:
 
 _NOT_TRACED = "gradient calls and recurrent layers break a step into pieces that nothing is pruned from"
 _NO_ROLES = "weights cannot be told from data, and nothing is pruned"
+_NOT_TOLD = "what is not compiled runs eagerly without a word"
 _NO_REPORT = "gradprune.reports finds nothing"
 _NO_PASSES = "passes do not run"
 _WRONG_METADATA = "steps with absent outputs, or models whose graph is kept, fail when they run"
@@ -66,6 +67,9 @@ EXPECTED: tuple[tuple[str, tuple[str, ...], str], ...] = (
     (f"{_DYNAMO}.source", ("is_from_unspecialized_nn_module_source",), _NO_ROLES),
     (f"{_DYNAMO}.symbolic_convert:InstructionTranslator", ("current_tx",), _NO_REPORT),
     ("torch", ("_TorchCompileWrapper",), _NO_REPORT),
+    (f"{_DYNAMO}.callback:CompilationCallbackHandler", ("end_callbacks",), _NOT_TOLD),
+    (f"{_DYNAMO}.output_graph", ("graph_break_reasons",), _NOT_TOLD),
+    (f"{_DYNAMO}.config", ("skip_nnmodule_hook_guards",), "hooks that come or go after a compilation are not seen"),
     (f"{_DYNAMO}.variables.constant", ("CONSTANT_VARIABLE_NONE",), "frames behind a step may fail to compile"),
     (f"{_AOT}.descriptors:PlainAOTInput", ("idx",), _NO_ROLES),
     (f"{_AOT}.descriptors:PlainAOTOutput", ("idx",), _NO_ROLES),
