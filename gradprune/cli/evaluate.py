@@ -19,6 +19,7 @@ from .options import (
     AUTOCAST,
     add_model_and_data,
     autocast_type,
+    check_channels,
     check_compiler,
     check_modules,
     choose_device,
@@ -159,8 +160,9 @@ def prepared(arguments: argparse.Namespace) -> Iterator[Evaluation]:
     with started() as ranks:
         device = choose_device(arguments.device, ranks.local)
         with stage("loading model and data") if ranks.is_first else nullcontext():
-            model = load_model(model_options(arguments), arguments.seed)
             samples = load_data(data_options(arguments))
+            check_channels(arguments, samples)
+            model = load_model(model_options(arguments), arguments.seed)
         yield Evaluation.prepare(
             model,
             samples,

@@ -16,7 +16,7 @@ import torch
 
 from gradprune.attacks.registry import StepSize
 from gradprune.errors import GradpruneError, OptionError
-from gradprune.workloads.data_sets import DataOptions
+from gradprune.workloads.data_sets import Data, DataOptions
 from gradprune.workloads.models import ModelOptions
 
 AUTOCAST = {"fp16": "float16", "bf16": "bfloat16"}
@@ -113,6 +113,33 @@ def data_options(arguments: argparse.Namespace) -> DataOptions:
         grey=arguments.grey,
         limit=arguments.limit,
     )
+
+
+def check_channels(arguments: argparse.Namespace, data: Data) -> None:
+    """Make sure that ``--mean`` and ``--std`` have a number for each channel of the data, or one for all.
+
+    Raises:
+        OptionError: They have not, or the data has no channels.
+    """
+    given = {"mean": arguments.mean, "std": arguments.std}
+    if all(numbers is None for numbers in given.values()):
+        return
+    x, _ = data.batch(0, 1)
+    if x.ndim != 4:
+        raise OptionError(
+            f"--mean and --std are for images (C, H, W), and {data.name} has inputs of shape {tuple(x[0].shape)}: "
+            "leave them out"
+        )
+    for name, numbers in given.items():
+        if numbers is not None and len(numbers) not in (1, x.shape[1]):
+            raise OptionError(
+                f"--{name} has {_counted(len(numbers), 'number')}, and the images of {data.name} have "
+                f"{_counted(x.shape[1], 'channel')}: pass one for each channel, or one for all"
+            )
+
+
+def _counted(count: int, thing: str) -> str:
+    return f"{count} {thing}{'s' * (count != 1)}"
 
 
 def choose_device(name: str | None, local: int) -> torch.device:

@@ -44,6 +44,7 @@ from gradprune.workloads.models import load_model
 from .options import (
     AUTOCAST,
     autocast_type,
+    check_channels,
     check_compiler,
     check_modules,
     choose_device,
@@ -590,6 +591,7 @@ def run(arguments: argparse.Namespace) -> int:
         device = choose_device(options.device, ranks.local)
         with stage("loading model and data") if ranks.is_first else nullcontext():
             data, validation = load_parts(data_options(options), options.validation, options.seed)
+            check_channels(options, data)
             model = load_model(replace(model_options(options), trained=False), options.seed).to(device)
         _check(model, data, device, options.bounds)
         samples = Samples(data, _augmentations(options, data))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,7 +106,8 @@ def load_data(options: DataOptions) -> Data:
     elif path.is_dir():
         count, mark, read, labels = _folder(path, options)
     else:
-        raise OptionError(f"--data {options.name!r} does not exist: pass {FORMS}")
+        problem = "is no data set" if path.exists() else "does not exist"
+        raise OptionError(f"--data {options.name!r} {problem}: pass {FORMS}")
     if not count:
         raise OptionError(f"--data {options.name} holds no samples")
     used = min(options.limit or count, count)
@@ -132,9 +134,9 @@ def _arrays(path: Path) -> Source:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in ("x", "y") if name in file}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
         raise OptionError(f"cannot read --data {path}: {error}") from error
-    if set(arrays) != {"x", "y"}:
+    if not (set(arrays) == {"x", "y"} and all(isinstance(array, np.ndarray) for array in arrays.values())):
         raise OptionError(
             f"--data {path} has to hold x, inputs (N, C, H, W), and y, labels (N,): np.savez(path, x=, y=)"
         )

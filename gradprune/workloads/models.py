@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import os
 import pickle
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,15 @@ from .vision import let_torchvision_import
 DIGITS, TIMM = "digits", "timm:"
 FORMS = "module:name of this directory, timm:NAME or digits"
 NESTED = ("state_dict", "model_state_dict", "model")
+"""Where checkpoints usually keep their state dict if they hold more than that."""
 PREFIXES = ("module.", "_orig_mod.")
-"""Where checkpoints keep their state dict if they hold more than that."""
+"""What ``DataParallel`` and ``torch.compile`` put in front of names."""
+NO_STATE_DICT = "holds no plain state dict: write one with torch.save(model.state_dict(), path)"
 NAMES_SHOWN = 3
+DEPTH = 3
+"""How many names may lead to a state dict."""
+Place = tuple[Any, ...]
+"""The names that lead to something in a checkpoint."""
 
 
 class Normalized(nn.Module):
@@ -46,13 +53,7 @@ class Normalized(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits of images ``(N, C, H, W)``.
-
-        Raises:
-            OptionError: There are more or fewer channels than numbers.
-        """
-        if self.mean.numel() not in (1, x.shape[1]):
-            raise OptionError(f"--mean and --std have {self.mean.numel()} numbers, the images {x.shape[1]} channels")
+        """Logits of images ``(N, C, H, W)``."""
         return self.model((x - self.mean) / self.std)  # type: ignore[no-any-return]
 
 
@@ -91,6 +92,10 @@ def load_model(options: ModelOptions, seed: int) -> nn.Module:
     """
     if (options.mean is None) != (options.std is None):
         raise OptionError("--mean and --std belong together: pass both, one number for each channel")
+    if options.mean is not None and options.std is not None and len(options.mean) != len(options.std):
+        raise OptionError(
+            f"--mean has {len(options.mean)} numbers and --std {len(options.std)}: pass one of each for each channel"
+        )
     if options.std is not None and not all(value > 0 for value in options.std):
         raise OptionError(f"--std has to be positive, not {' '.join(f'{value:g}' for value in options.std)}")
     if options.pretrained and not options.name.startswith(TIMM):
@@ -110,8 +115,6 @@ def load_model(options: ModelOptions, seed: int) -> nn.Module:
         config = getattr(model, "pretrained_cfg", None) or {}
         mean, std = config.get("mean"), config.get("std")
     if mean is not None and std is not None:
-        if len(mean) != len(std):
-            raise OptionError(f"--mean has {len(mean)} numbers and --std {len(std)}: pass one of each for each channel")
         model = Normalized(model, mean, std)
     if options.checkpoint is not None:
         load_checkpoint(model, options.checkpoint)
@@ -119,27 +122,69 @@ def load_model(options: ModelOptions, seed: int) -> nn.Module:
 
 
 def load_checkpoint(model: nn.Module, path: Path) -> None:
-    """Load a state dict into ``model``; it may be nested under a usual name, or be that of a ``DataParallel``.
+    """Load a state dict into ``model``; it may be nested in a larger checkpoint, or be that of a wrapped model.
 
-    Into a normalised model goes its own, as training writes it, or that of the model inside.
+    Into a normalised model goes its own, as training writes it, or that of the model inside. Of several that fit, the
+    one under a usual name is taken.
 
     Raises:
-        OptionError: The file cannot be read without running code of its own, or does not fit the model.
+        OptionError: The file cannot be read without running code of its own, holds nothing that fits the model, or
+            several state dicts that do.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise OptionError(f"cannot read --checkpoint {path}: {error.strerror or error}") from error
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise OptionError(f"--checkpoint {path} {NO_STATE_DICT}") from error
+    parts = [model, model.model] if isinstance(model, Normalized) else [model]
+    owners = [(part, part.state_dict()) for part in parts]
+    tried = [
+        (place, part, own, state)
+        for place, found in _state_dicts(content)
+        for state in _unwrapped(found)
+        for part, own in owners
+    ]
+    if not tried:
+        raise OptionError(f"--checkpoint {path} {NO_STATE_DICT}")
+    fitting: dict[Place, tuple[nn.Module, dict[str, Tensor]]] = {}
+    for place, part, own, state in tried:
+        if not _differences(own, state):
+            fitting.setdefault(place, (part, state))  # as it is, rather than without a prefix
+    if not fitting:
+        place, _, own, state = max(tried, key=lambda one: len(one[2].keys() & one[3].keys()))
+        raise OptionError(f"--checkpoint {path}{_at(place)} is of another model: {'; '.join(_differences(own, state))}")
+    usual = sorted((place for place in fitting if set(place) <= set(NESTED)), key=lambda one: [*map(NESTED.index, one)])
+    if len(fitting) > 1 and not usual:
         raise OptionError(
-            f"--checkpoint {path} holds no plain state dict: write one with torch.save(model.state_dict(), path)"
-        ) from error
-    state = _innermost(model, state, path)
-    while state and (prefix := next((one for one in PREFIXES if all(name.startswith(one) for name in state)), None)):
-        state = {name.removeprefix(prefix): value for name, value in state.items()}
-    if isinstance(model, Normalized) and not {"mean", "std"} <= state.keys():
-        model = model.model
-    own = model.state_dict()
+            f"--checkpoint {path} holds several state dicts that fit ({_some([*map(_at, fitting)])}): write the one "
+            f"that is meant, with torch.save(torch.load(path){_at(next(iter(fitting)))}, other_path) for example"
+        )
+    part, state = fitting[usual[0] if usual else next(iter(fitting))]
+    part.load_state_dict(state)
+
+
+def _state_dicts(content: Any, place: Place = ()) -> Iterator[tuple[Place, dict[str, Tensor]]]:
+    """All state dicts in a checkpoint, and where they are."""
+    if not isinstance(content, Mapping) or (place and not content):
+        return
+    if all(isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()):
+        yield place, dict(content)
+    elif len(place) < DEPTH:
+        for name, value in content.items():
+            yield from _state_dicts(value, (*place, name))
+
+
+def _unwrapped(state: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """A state dict as it is, then without the prefixes that all its names have, one after the other."""
+    yield state
+    for prefix in PREFIXES:
+        if state and all(name.startswith(prefix) for name in state):
+            yield from _unwrapped({name.removeprefix(prefix): value for name, value in state.items()})
+
+
+def _differences(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
+    """How a state dict differs from a model's own in names and shapes."""
     problems = {
         "it lacks": [name for name in own if name not in state],
         "the model does not have": [name for name in state if name not in own],
@@ -149,55 +194,12 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
             if name in state and state[name].shape != own[name].shape
         ],
     }
-    found = [f"{what} {_some(names)}" for what, names in problems.items() if names]
-    if found:
-        raise OptionError(f"--checkpoint {path} is of another model: {'; '.join(found)}")
-    model.load_state_dict(state)
+    return [f"{what} {_some(names)}" for what, names in problems.items() if names]
 
 
-def _innermost(model: nn.Module, content: Any, path: Path) -> dict[str, Tensor]:
-    """The state dict in a checkpoint: all of it, or what is under one of the usual names, or the one that there is.
-
-    Raises:
-        OptionError: There is none, or one cannot tell which.
-    """
-    while isinstance(content, Mapping) and not (content and all(map(_is_tensor, content.values()))):
-        inner = {
-            str(name): value for name, value in content.items() if isinstance(value, Mapping) and _holds_tensors(value)
-        }
-        usual = [name for name in NESTED if name in inner]
-        fitting = [name for name in inner if _names(inner[name]) & set(model.state_dict())]
-        chosen = usual[:1] or (fitting if len(fitting) == 1 else list(inner))
-        if len(chosen) > 1:
-            raise OptionError(
-                f"--checkpoint {path} holds several state dicts ({', '.join(chosen)}): write the one that is meant "
-                "with torch.save(checkpoint[name], path)"
-            )
-        content = inner[chosen[0]] if chosen else None
-    if not isinstance(content, Mapping):
-        raise OptionError(
-            f"--checkpoint {path} holds no plain state dict: write one with torch.save(model.state_dict(), path)"
-        )
-    return dict(content)
-
-
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor)
-
-
-def _holds_tensors(content: Mapping[Any, Any]) -> bool:
-    """Whether a state dict is in there."""
-    values = list(content.values())
-    nested = [value for value in values if isinstance(value, Mapping)]
-    return bool(values) and (all(map(_is_tensor, values)) or any(map(_holds_tensors, nested)))
-
-
-def _names(content: Mapping[Any, Any]) -> set[str]:
-    """The names in a state dict, without prefixes."""
-    names = set(map(str, content))
-    while names and (prefix := next((one for one in PREFIXES if all(name.startswith(one) for name in names)), None)):
-        names = {name.removeprefix(prefix) for name in names}
-    return names
+def _at(place: Place) -> str:
+    """A place as it is written in Python, such as ``['ema']``."""
+    return "".join(f"[{name!r}]" for name in place)
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -248,15 +250,13 @@ def import_named(name: str, option: str = "--model") -> Any:
     Raises:
         OptionError: There is no such thing, or importing it fails.
     """
-    module_name, colon, attribute = name.partition(":")
+    module_name, colon, attribute = name.rpartition(":")
     if not (colon and module_name and attribute):
         raise OptionError(f"{option} {name!r} is not of the form {FORMS}")
+    if "/" in module_name or os.sep in module_name or module_name.endswith(".py"):
+        raise OptionError(f"{option} {name!r} is a path, not the name of a module: {_spelling(module_name, attribute)}")
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
-    if "/" in module_name or "\\" in module_name or module_name.endswith(".py"):
-        path = Path(module_name)
-        spelling = ".".join(path.with_suffix("").parts) if not path.is_absolute() else path.stem
-        raise OptionError(f"{option} {name!r} is a path, not the name of a module: pass {spelling}:{attribute}")
     try:
         found: Any = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
@@ -276,9 +276,19 @@ def import_named(name: str, option: str = "--model") -> Any:
     return found
 
 
+def _spelling(given: str, attribute: str) -> str:
+    """How to name what is in a file that was given by its path."""
+    path = Path(os.path.relpath(given.removesuffix(".py")))
+    if not path.name or any("." in part for part in path.parts if part != os.pardir):
+        return f"a module has no dots in its name: rename what has, and pass {FORMS}"
+    if os.pardir in path.parts or path.is_absolute():
+        return f"run the command in {path.resolve().parent} and pass {path.name}:{attribute}"
+    return f"pass {'.'.join(path.parts)}:{attribute}"
+
+
 def _imported(name: str) -> nn.Module:
     """What ``module:name`` is or, called without arguments, returns."""
-    found, attribute = import_named(name), name.partition(":")[2]
+    found, attribute = import_named(name), name.rpartition(":")[2]
     if not isinstance(found, nn.Module) and callable(found):
         try:
             found = found()

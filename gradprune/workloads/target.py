@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves, tree_map
 
 from gradprune.errors import GradpruneError, OptionError
-from gradprune.torch_compat.aot import FakeTensorMode
+from gradprune.torch_compat.aot import FakeTensorMode, is_fake
 
 from .models import DIGITS, FORMS, TIMM, ModelOptions, import_named, load_model
 from .vision import let_torchvision_import
@@ -61,10 +62,9 @@ def load_target(options: TargetOptions) -> Target:
         let_torchvision_import()
         importlib.import_module("timm")  # what it makes while it is imported shall be real
     context: Any = nullcontext() if options.real else FakeTensorMode()
-    # Some models of timm read values while they are built, of which fake tensors have none.
-    ready = _make(options.name) if options.name.startswith(TIMM) else None
+    built = None if options.real or not options.name.startswith(TIMM) else _timm(ModelOptions(options.name), context)
     with context:
-        made = _make(options.name) if ready is None else ready if options.real else _without_memory(ready, context)
+        made = _make(options.name) if built is None else built
         if isinstance(made, nn.Module):
             function, args = _stock(made.eval(), options)
         else:
@@ -72,14 +72,44 @@ def load_target(options: TargetOptions) -> Target:
     return Target(function, args, context)
 
 
-def _without_memory(model: nn.Module, context: FakeTensorMode) -> nn.Module:
-    """The model with fake tensors in place of its own."""
+def _timm(options: ModelOptions, mode: FakeTensorMode) -> nn.Module:
+    """A model of timm, of tensors without memory.
+
+    It is built outside of the mode: many models read values while they are built, such as rates of stochastic depth,
+    and fake tensors have none.
+    """
+    try:
+        with _weights_without_memory(mode):
+            model = load_model(options, seed=0)
+    except OptionError:
+        raise
+    except Exception:  # it reads its weights as well
+        model = load_model(options, seed=0)
     for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, tensor in tensors.items():
-                if tensor is not None:
-                    tensors[name] = context.from_tensor(tensor)  # type: ignore[assignment]
+        for name, value in vars(module).items():
+            if any(isinstance(leaf, Tensor) and not is_fake(leaf) for leaf in tree_leaves(value)):
+                vars(module)[name] = tree_map(lambda leaf: _without_memory(leaf, mode), value)
     return model
+
+
+@contextmanager
+def _weights_without_memory(mode: FakeTensorMode) -> Iterator[None]:
+    """Have modules give up the memory of every parameter that they get meanwhile."""
+    register = nn.Module.register_parameter
+
+    def give_up(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        register(self, name, _without_memory(param, mode))
+
+    nn.Module.register_parameter = give_up  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def _without_memory(value: Any, mode: FakeTensorMode) -> Any:
+    """A fake tensor for a real one; anything else as it is."""
+    return mode.from_tensor(value) if isinstance(value, Tensor) and not is_fake(value) else value
 
 
 def _make(name: str) -> Any:

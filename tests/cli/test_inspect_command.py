@@ -11,9 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 from gradprune.cli import inspect as command
 from gradprune.cli.main import main
+from gradprune.torch_compat.aot import is_fake
+from gradprune.workloads.target import TargetOptions, load_target
+from gradprune.workloads.vision import let_torchvision_import
 
 PROJECT = """
 import torch
@@ -171,10 +175,26 @@ def test_a_dump_that_cannot_be_written_fails_the_command_only(
     assert "FLOP total" in text
 
 
-@pytest.mark.parametrize("name", ["test_convnext", "test_vit", "swin_tiny_patch4_window7_224"])
+@pytest.mark.parametrize("name", ["test_convnext", "test_vit", "swin_tiny_patch4_window7_224", "regnetz_005"])
 def test_models_that_read_values_while_they_are_built(name: str, capsys: pytest.CaptureFixture[str]):
+    let_torchvision_import()
     pytest.importorskip("timm")
     assert "FLOP" in printed(capsys, f"timm:{name}", "--batch", "2")
+
+
+@pytest.mark.parametrize("name", ["test_vit", "hiera_tiny_224", "convit_tiny", "sequencer2d_s"])
+def test_no_tensor_of_a_model_of_timm_has_memory(name: str):
+    """Hiera reads its weights while it is built, ConViT computes some, Sequencer has an LSTM, which keeps a list."""
+    let_torchvision_import()
+    pytest.importorskip("timm")
+    target = load_target(TargetOptions(f"timm:{name}", form="model", batch=2))
+    assert isinstance(target.function, torch.nn.Module)
+    for module in target.function.modules():
+        tensors = [leaf for leaf in tree_leaves(vars(module)) if isinstance(leaf, torch.Tensor)]
+        assert all(map(is_fake, tensors))
+    parameters = list(target.function.parameters())
+    assert all(isinstance(parameter, torch.nn.Parameter) and parameter.requires_grad for parameter in parameters)
+    assert not is_fake(torch.nn.Linear(2, 2).weight)
 
 
 REFUSED: dict[str, tuple[int, str]] = {

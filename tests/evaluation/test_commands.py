@@ -22,6 +22,7 @@ from gradprune.errors import AttackError, GradpruneError
 from gradprune.evaluation import run as evaluate
 from gradprune.evaluation.records import read_arrays, write_arrays
 from gradprune.support.distributed import Ranks
+from gradprune.workloads.vision import let_torchvision_import
 
 QUICK_AUTOATTACK = (
     "--attack",
@@ -350,6 +351,8 @@ def test_a_damaged_file_is_named(
         (["--attack", "cw", "--norm", "linf"], "leave out --norm"),
         (["--attack", "pgd", "--bounds", "1", "0"], "--bounds"),
         (["--attack", "pgd", "--mean", "0.5"], "--std"),
+        (["--attack", "pgd", "--mean", "0", "0", "0", "--std", "1", "1", "1"], "--mean has 3 numbers, and the images"),
+        (["--attack", "pgd", "--mean", "0", "--std", "1", "1"], "--std has 2 numbers, and the images"),
         (["--attack", "pgd", "--device", "gpu"], "--device 'gpu'"),
         (["--attack", "pgd", "--device", "meta"], "--device meta"),
         (["--attack", "pgd", "--checkpoint", "nowhere.pt"], "nowhere.pt"),
@@ -391,6 +394,33 @@ def test_what_cannot_be_parsed_exits_with_2(project: Project, arguments: list[st
         project.run("evaluate", *arguments)
     assert stop.value.code == 2
     assert project.files() == []
+
+
+@pytest.mark.parametrize(
+    ("shape", "count", "told"),
+    [
+        ((3, 8, 8), 2, "--mean has 2 numbers, and the images of images.npz have 3 channels"),
+        ((1, 8, 8), 4, "--mean has 4 numbers, and the images of images.npz have 1 channel:"),
+        ((5,), 1, "--mean and --std are for images (C, H, W), and images.npz has inputs of shape (5,)"),
+    ],
+)
+def test_numbers_for_other_channels_are_refused_before_the_model_is_made(
+    project: Project, capsys: pytest.CaptureFixture[str], shape: tuple[int, ...], count: int, told: str
+) -> None:
+    np.savez("images.npz", x=np.zeros((6, *shape), np.float32), y=np.arange(6) % 5)
+    for command in ("attack", "evaluate", "train"):
+        numbers = (*("--mean", *["0.5"] * count), *("--std", *["1"] * count))
+        named = ("--model", f"{project.module}:failing", "--data", "images.npz", "--device", "cpu", "--no-compile")
+        attack = () if command == "train" else ("--attack", "pgd")
+        assert main([command, *named, *attack, *numbers, "--output", "out"]) == 2
+        assert told in capsys.readouterr().err
+
+
+def test_a_timm_model_takes_grey_images_in_every_channel(project: Project) -> None:
+    let_torchvision_import()
+    pytest.importorskip("timm")
+    np.savez("images.npz", x=np.random.default_rng(0).random((2, 1, 64, 64), np.float32), y=np.arange(2))
+    assert project.run("attack", "--model", "timm:test_resnet", "--attack", "fgsm") == 0
 
 
 def labels_out_of_range(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -38,6 +38,10 @@ def test_a_module_or_what_returns_one(project: Project) -> None:
         ("./mine:net", "is a path, not the name of a module: pass mine:net"),
         ("nets/small.py:net", "is a path, not the name of a module: pass nets.small:net"),
         ("mine.py:net", "pass mine:net"),
+        ("./nets/../small.py:net", "pass small:net"),
+        ("../mine:net", r"run the command in .* and pass mine:net"),
+        ("/nowhere/nets/mine.py:net", "run the command in /nowhere/nets and pass mine:net"),
+        ("v1.0/mine.py:net", "a module has no dots in its name"),
     ],
 )
 def test_what_is_no_model_is_named(project: Project, name: str, told: str) -> None:
@@ -110,15 +114,55 @@ def test_of_several_state_dicts_the_usual_or_the_fitting_one_is_taken(tmp_path: 
         torch.save(content, tmp_path / "net.pt")
         load_checkpoint(model, tmp_path / "net.pt")
         assert fingerprint(model) == fingerprint(trained)
-    torch.save({"first": trained.state_dict(), "second": other}, tmp_path / "net.pt")
-    with pytest.raises(OptionError, match=r"several state dicts \(first, second\)"):
+    for content, told in (
+        (
+            {"first": trained.state_dict(), "second": other},
+            r"several state dicts that fit \(\['first'\], \['second'\]\)",
+        ),
+        ({"ema": {"net": other}, "swa": {"net": other}}, r"\(\['ema'\]\['net'\], \['swa'\]\['net'\]\)"),
+    ):
+        torch.save(content, tmp_path / "net.pt")
+        with pytest.raises(OptionError, match=told):
+            load_checkpoint(net(), tmp_path / "net.pt")
+
+
+@pytest.mark.parametrize("name", ["net", "generator", "ema"])
+def test_what_is_beside_the_state_dict_that_fits_does_not_matter(tmp_path: Path, name: str) -> None:
+    trained = net()
+    beside = {
+        "state_dict": {"of": torch.zeros(1)},
+        "optimizer": {"state": {0: {"step": torch.zeros(())}}, "param_groups": [{"lr": 0.1}]},
+        "critic": {"0.weight": torch.zeros(2)},
+        3: {"weight": torch.zeros(1)},
+    }
+    torch.save({**beside, name: trained.state_dict()}, tmp_path / "net.pt")
+    for model in (net(), Normalized(net(), [0.5] * 3, [0.5] * 3)):
+        load_checkpoint(model, tmp_path / "net.pt")
+        inner = model.model if isinstance(model, Normalized) else model
+        assert fingerprint(inner) == fingerprint(trained)
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.module."])
+def test_names_of_the_model_are_no_prefixes(tmp_path: Path, prefix: str) -> None:
+    trained, model = (nn.ModuleDict({"module": net()}) for _ in range(2))
+    torch.save({prefix + name: value for name, value in trained.state_dict().items()}, tmp_path / "net.pt")
+    load_checkpoint(model, tmp_path / "net.pt")
+    assert fingerprint(model) == fingerprint(trained)
+
+
+def test_a_prefix_that_some_names_lack_stays(tmp_path: Path) -> None:
+    names = iter(["module.", ""] * 2)
+    torch.save({next(names) + name: value for name, value in net().state_dict().items()}, tmp_path / "net.pt")
+    with pytest.raises(OptionError, match=r"does not have module\.0\.weight"):
         load_checkpoint(net(), tmp_path / "net.pt")
 
 
-def test_as_many_numbers_as_channels() -> None:
-    for count, channels in ((3, 1), (2, 3)):
-        with pytest.raises(OptionError, match=f"have {count} numbers, the images {channels} channels"):
-            Normalized(nn.Identity(), [0.5] * count, [1.0] * count)(torch.rand(2, channels, 4, 4))
+def test_a_prefix_goes_from_a_normalised_model_as_well(tmp_path: Path) -> None:
+    trained, model = (Normalized(net(), [value] * 3, [value] * 3) for value in (0.5, 0.25))
+    state = {f"_orig_mod.{name}": value for name, value in trained.state_dict().items()}
+    torch.save({"weights": state}, tmp_path / "net.pt")
+    load_checkpoint(model, tmp_path / "net.pt")
+    assert fingerprint(model) == fingerprint(trained)
 
 
 def test_a_checkpoint_of_another_model_is_refused_and_nothing_loaded(tmp_path: Path) -> None:
@@ -140,7 +184,7 @@ class RunsCode:
         return (Path.touch, (Path("was-here"),))
 
 
-@pytest.mark.parametrize("content", [RunsCode(), [1, 2], {"weight": 3}, b"garbage", None])
+@pytest.mark.parametrize("content", [RunsCode(), [1, 2], {"weight": 3}, {0: torch.zeros(1)}, b"garbage", None])
 def test_a_file_that_is_no_state_dict_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: object
 ) -> None:

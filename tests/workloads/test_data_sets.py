@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +77,27 @@ def test_what_is_no_archive_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "text.npz").write_bytes(content)
     with pytest.raises(OptionError, match=r"text\.npz is no archive of arrays: write one with numpy\.savez"):
         load_data(DataOptions(str(tmp_path / "text.npz")))
+
+
+def test_what_is_in_an_archive_may_be_no_array_or_damaged(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "text.npz", "w") as archive:
+        archive.writestr("x", "1 2")
+        archive.writestr("y", "1 2")
+    with pytest.raises(OptionError, match=r"text\.npz has to hold x, inputs"):
+        load_data(DataOptions(str(tmp_path / "text.npz")))
+    np.savez_compressed(tmp_path / "packed.npz", x=np.random.default_rng(0).random((4, 3)), y=np.arange(4))
+    content = bytearray((tmp_path / "packed.npz").read_bytes())
+    content[80:140] = bytes(60)
+    (tmp_path / "packed.npz").write_bytes(content)
+    with pytest.raises(OptionError, match=r"cannot read --data .*packed\.npz"):
+        load_data(DataOptions(str(tmp_path / "packed.npz")))
+
+
+@pytest.mark.parametrize("name", ["labels.txt", "photo.png"])
+def test_a_file_that_is_no_data_is_not_said_to_be_absent(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("0")
+    with pytest.raises(OptionError, match=f"{name}' is no data set"):
+        load_data(DataOptions(str(tmp_path / name)))
 
 
 @pytest.mark.parametrize("name", ["nowhere", "nowhere.npz", "damaged.npz", "torchvision:MNISTT", "."])
