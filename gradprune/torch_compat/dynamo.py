@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dis
 import logging
+import os
 import sys
 import weakref
 from collections.abc import Callable, Iterator
@@ -229,16 +230,12 @@ class LeftOut:
 
     Attributes:
         wrapper: The object behind the ``torch.compile`` call.
-        code: Code object of the frame.
-        function: Its name.
         where: ``file:line``; empty if unknown.
         reason: Why, in a line.
         whole: Whether all of the frame is left to Python, and not only what is at that line.
     """
 
     wrapper: Any
-    code: Any
-    function: str
     where: str
     reason: str
     whole: bool
@@ -265,11 +262,11 @@ def on_left_out(backend: Callable[..., Any], tell: Callable[[LeftOut], None]) ->
             return
         for one in breaks:
             if not _is_expected(one.reason):
-                tell(LeftOut(wrapper, code, code.co_name, _last_line(one.user_stack), _first_line(one.reason), False))
+                tell(LeftOut(wrapper, _last_line(one.user_stack), _first_line(one.reason), False))
         if gave_up is not None:
             stack = getattr(gave_up, "real_stack", None) or ()
             where = _last_line(stack) or f"{code.co_filename}:{code.co_firstlineno}"
-            tell(LeftOut(wrapper, code, code.co_name, where, _first_line(str(gave_up)), True))
+            tell(LeftOut(wrapper, where, _first_line(str(gave_up)), True))
 
     callback_handler.end_callbacks = _Kept([*callback_handler.end_callbacks, look])
 
@@ -284,7 +281,7 @@ def on_left_out(backend: Callable[..., Any], tell: Callable[[LeftOut], None]) ->
                 reason = f"it was compiled as often as torch._dynamo.config.{record.args[0]} allows; "  # type: ignore[index]
                 reason += f"the last time because of {record.args[3]}"  # type: ignore[index]
                 where = f"{code.co_filename}:{code.co_firstlineno}"
-                tell(LeftOut(wrapper, code, code.co_name, where, reason, True))
+                tell(LeftOut(wrapper, where, reason, True))
 
     logging.getLogger("torch._dynamo.convert_frame").addHandler(Limit())
 
@@ -325,7 +322,8 @@ def _is_expected(reason: str) -> bool:
     return not TRACES_REQUIRES_GRAD and "requires_grad_" in reason
 
 
-_TORCH = str(Path(torch.__file__).parent)
+_TORCH = f"{Path(torch.__file__).parent}{os.sep}"
+"""Where the files of torch are, and those of no package whose name only begins like it."""
 
 
 def _first_line(text: str) -> str:
@@ -405,10 +403,8 @@ _compiled: weakref.WeakSet[Any] = weakref.WeakSet()
 
 def note_compiled() -> None:
     """Remember the code that is being compiled, for ``recompile``."""
-    translator = _current_translator()
-    if translator is not None:
-        _compiled.add(translator.f_code)
-        _compiled.add(translator.output.root_tx.f_code)
+    if (code := compiling_code()) is not None:
+        _compiled.add(code)
 
 
 def is_restart(error: BaseException) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -180,3 +181,13 @@ def test_a_hook_on_another_model_of_a_class_that_was_compiled(kind: str):
     for one in (second, eager):
         HOOKS[kind](one[2])
     torch.testing.assert_close(input_gradient(compiled[1], x, y), input_gradient(eager, x, y), rtol=1e-5, atol=1e-6)
+
+
+def test_a_package_whose_name_begins_like_torch_is_not_torch(caplog: pytest.LogCaptureFixture):
+    caplog.set_level(logging.WARNING, "gradprune")
+    file = f"{Path(torch.__file__).parent}vision_like/models.py"
+    source = "def step(x):\n    for _ in range(2):\n        x = x.sin()\n        print(end='')\n    return x\n"
+    made: dict[str, Any] = {}
+    exec(compile(source, file, "exec"), made)  # what stands in no file of torch
+    torch.compile(made["step"], backend="gradprune")(torch.rand(3))
+    assert any(file in line for line in warnings_of(caplog))
