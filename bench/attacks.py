@@ -172,13 +172,10 @@ class Contest(Compared[Attacked]):
         ours, theirs = (self.measured.get(name) for name in (UNCOMPILED, TORCHATTACKS))
         return ours.shown / theirs.shown if ours and theirs and ours.shown and theirs.shown else None
 
-    def derived(self, candidate: str) -> dict[str, Any]:
-        """All that follows from the figures, for the readers of a JSON file."""
-        if candidate not in self.measured:
-            return {}
+    def more(self, candidate: str) -> dict[str, Any]:
+        """As ``Compared.more``."""
         record = self.measured[candidate]
         return {
-            **self.figures(candidate),
             "compile_seconds": record.compile_seconds,
             "outside_share": record.outside_share,
         }

@@ -10,7 +10,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
+
 from gradprune.errors import OptionError
+from gradprune.support.arguments import parse_whole
 
 from .cases import CASES, Case, find_case
 from .store import Results, Settings
@@ -80,14 +83,7 @@ class Benchmark(ABC):
 # --- Options ----------------------------------------------------------------------------------------------------------
 
 
-def whole_number(text: str) -> int:
-    """A number from 1 on."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text!r}")
-    return int(text)
-
-
-WHOLE: dict[str, Any] = {"type": whole_number, "metavar": "N"}
+WHOLE: dict[str, Any] = {"type": parse_whole, "metavar": "N"}
 
 
 def add_cases(parser: argparse.ArgumentParser, default: Sequence[str] = ("all",), *, batch: bool = True) -> None:
@@ -130,8 +126,6 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
     Raises:
         OptionError: They do not go together, or there is no such device.
     """
-    import torch
-
     device = getattr(arguments, "device", "cpu") or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise OptionError("--device cuda: torch finds no CUDA device; leave --device out or pass --device cpu")

@@ -184,12 +184,9 @@ class Comparison(Compared[Record]):
         theirs = self.measured[best]
         return max(0.0, ours.cold_seconds - (theirs.cold_seconds or 0.0)) / (theirs.median - ours.median)
 
-    def derived(self, candidate: str) -> dict[str, Any]:
-        """All of this for the readers of a JSON file."""
-        if candidate not in self.measured:
-            return {}
+    def more(self, candidate: str) -> dict[str, Any]:
+        """As ``Compared.more``."""
         return {
-            **self.figures(candidate),
             "best_alternative": self.best_alternative,
             "break_even_steps": self.break_even(candidate),
             "predicted_ratio": self.predicted_ratio(candidate),

@@ -103,14 +103,21 @@ class Compared(Generic[T]):
         timed = [name for name in candidates if name in self.measured]
         return min(timed, key=lambda name: self.measured[name].median, default=None)
 
-    def figures(self, candidate: str) -> dict[str, Any]:
-        """What follows from a candidate's seconds, for the readers of a JSON file."""
+    def derived(self, candidate: str) -> dict[str, Any]:
+        """What follows from a candidate's figures, for the readers of a JSON file; nothing if it was not timed."""
+        if candidate not in self.measured:
+            return {}
         ratios = {name: self.ratio(candidate, name) for name in self.measured}
         return {
             "median_seconds": self.measured[candidate].median,
             "iqr_seconds": self.measured[candidate].iqr,
             "ratios": {name: asdict(ratio) for name, ratio in ratios.items() if ratio},
+            **self.more(candidate),
         }
+
+    def more(self, candidate: str) -> dict[str, Any]:
+        """What follows beside that, of a candidate that was timed."""
+        return {}
 
 
 class Kept(Protocol):

@@ -152,12 +152,9 @@ class Iteration(Compared[Trained]):
         """The fastest alternative by the medians."""
         return self.fastest(RIVAL_TRAININGS)
 
-    def derived(self, candidate: str) -> dict[str, Any]:
-        """All that follows from the figures, for the readers of a JSON file."""
-        if candidate not in self.measured:
-            return {}
+    def more(self, candidate: str) -> dict[str, Any]:
+        """As ``Compared.more``."""
         return {
-            **self.figures(candidate),
             "best_alternative": self.best_alternative,
             "predicted_ratio": self.predicted_ratio,
         }

@@ -11,6 +11,7 @@ from typing import Any
 from gradprune.attacks.registry import DEFAULT_STEP_SIZE, AttackOptions, build_attacks
 from gradprune.errors import OptionError
 from gradprune.evaluation.evaluation import PICTURES, Evaluation
+from gradprune.support.arguments import parse_whole
 from gradprune.support.distributed import started
 from gradprune.workloads.data_sets import load_data
 from gradprune.workloads.models import load_model
@@ -29,7 +30,6 @@ from .options import (
     parse_number,
     parse_setting,
     parse_step_size,
-    parse_whole,
     prepare_directory,
 )
 

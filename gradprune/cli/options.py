@@ -16,6 +16,7 @@ import torch
 
 from gradprune.attacks.registry import StepSize
 from gradprune.errors import GradpruneError, OptionError
+from gradprune.support.arguments import parse_whole
 from gradprune.workloads.data_sets import Data, DataOptions
 from gradprune.workloads.models import ModelOptions
 
@@ -38,13 +39,6 @@ def parse_setting(text: str) -> tuple[str, Any]:
         return name, ast.literal_eval(value)
     except (ValueError, SyntaxError):
         return name, value
-
-
-def parse_whole(text: str) -> int:
-    """A whole number from 1 on."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text!r}")
-    return int(text)
 
 
 def parse_number(text: str) -> float:

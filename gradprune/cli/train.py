@@ -20,6 +20,7 @@ from gradprune.attacks.registry import DEFAULT_STEP_SIZE, AttackOptions, StepSiz
 from gradprune.errors import OptionError, unknown
 from gradprune.evaluation.run import ModelOnData
 from gradprune.evaluation.tables import aligned, eps_text
+from gradprune.support.arguments import parse_whole
 from gradprune.support.distributed import started
 from gradprune.support.files import write_text
 from gradprune.training.batches import LinearEps
@@ -54,7 +55,6 @@ from .options import (
     parse_number,
     parse_setting,
     parse_step_size,
-    parse_whole,
     prepare_directory,
 )
 

@@ -43,7 +43,6 @@ class Capture:
         gradient_calls: Names of the Dynamo nodes that take a gradient.
         visible_outputs: How many outputs Dynamo expects; what follows them was added for the passes.
         training_only: The model's output is differentiable with respect to weights and nothing else.
-        optimized: Parameters that an optimizer updates in the code that was captured, or behind a break in it.
     """
 
     form: Form
@@ -53,7 +52,6 @@ class Capture:
     gradient_calls: frozenset[str] = frozenset()
     visible_outputs: int = 0
     training_only: bool = False
-    optimized: list[Any] = field(default_factory=list)
 
     @property
     def tensor_inputs(self) -> list[InputRole]:
@@ -102,11 +100,12 @@ def _graph_outputs(graph: fx.Graph) -> list[Any]:
 
 
 def _input_role(placeholder: fx.Node, *, attacked: bool) -> InputRole:
+    if attacked:
+        return InputRole.PERTURBATION
     if _is_weight(placeholder):
-        return InputRole.PERTURBATION if attacked else InputRole.WEIGHT
-    if not isinstance(placeholder.meta.get("example_value"), torch.Tensor):
-        return InputRole.SIZE
-    return InputRole.PERTURBATION if attacked else InputRole.DATA
+        return InputRole.WEIGHT
+    is_tensor = isinstance(placeholder.meta.get("example_value"), torch.Tensor)
+    return InputRole.DATA if is_tensor else InputRole.SIZE
 
 
 def _is_weight(placeholder: fx.Node) -> bool:
@@ -196,12 +195,12 @@ def _prepare_step(gm: fx.GraphModule, calls: list[fx.Node]) -> Capture:
     # A leaf that is made of a buffer is a perturbation, and what follows from it changes from step to step.
     origins = {_origin(node) for node in leaves if node not in weights}
     weights -= origins
-    differentiated = [_origin(node) if node not in weights else node for node in leaves]
     roles = []
     for node in placeholders:
         roles.append(_input_role(node, attacked=node in origins))
-    for node in placeholders:
-        if node in origins and (name := _local_name(node)) in rebound_before_grad():
+    rebound = rebound_before_grad()
+    for node in origins:
+        if (name := _local_name(node)) in rebound:
             raise CompileError(
                 f"{name}.grad is used behind an assignment such as {name} += ..., after which Dynamo no longer knows "
                 f"that it is the gradient of {name}; gradients would add up. Write {name}.add_(...) in "
@@ -209,11 +208,11 @@ def _prepare_step(gm: fx.GraphModule, calls: list[fx.Node]) -> Capture:
             )
     names = frozenset(call.name for call in calls)
     prepared = Capture("step", roles, gradient_calls=names, visible_outputs=len(_graph_outputs(graph)))
-    prepared.optimized = optimized_parameters()
+    optimized = optimized_parameters()
     _mark_explicit_weight_gradients(graph, calls, weights, prepared)
     for weight in weights:
-        _expose_accumulated_gradient(graph, weight, calls, prepared)
-    _detach_inside_functorch(graph, weights.difference(differentiated))
+        _expose_accumulated_gradient(graph, weight, calls, prepared, optimized)
+    _detach_inside_functorch(graph, weights.difference(leaves))
     return prepared
 
 
@@ -252,7 +251,9 @@ def _mark_explicit_weight_gradients(
                     prepared.kept_because[position] = "the step returns this weight gradient"
 
 
-def _expose_accumulated_gradient(graph: fx.Graph, weight: fx.Node, calls: list[fx.Node], prepared: Capture) -> None:
+def _expose_accumulated_gradient(
+    graph: fx.Graph, weight: fx.Node, calls: list[fx.Node], prepared: Capture, optimized: list[Any]
+) -> None:
     """Turn the accumulation of a weight's gradient into ``weight.grad`` into graph outputs with role WEIGHT_GRAD.
 
     Dynamo traces ``loss.backward()`` as ``autograd.grad`` with respect to every leaf, followed by, for each of them::
@@ -262,7 +263,7 @@ def _expose_accumulated_gradient(graph: fx.Graph, weight: fx.Node, calls: list[f
 
     If nothing else reads the buffers, the ``add_`` is erased, so that an existing ``weight.grad`` stays untouched, and
     ``new`` becomes an output that the passes drop. Anything unexpected leaves all of it as it is: not recognised means
-    computed, never dropped.
+    computed, never dropped. Neither is what an optimizer waits for, whose parameters are ``optimized``.
     """
     items = _gradient_items(calls, weight)
     buffers = [
@@ -273,7 +274,7 @@ def _expose_accumulated_gradient(graph: fx.Graph, weight: fx.Node, calls: list[f
     if not buffers or any(buffer.target is not torch.empty_like for buffer in buffers):  # type: ignore[union-attr]
         return
     parameter = example_of(weight)
-    if any(parameter is other for other in prepared.optimized):
+    if any(parameter is other for other in optimized):
         _keep(graph, accumulators, "an optimizer in this step reads it", prepared)
         return
     additions = set()

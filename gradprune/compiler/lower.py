@@ -179,7 +179,8 @@ def _compile_part(compilation: Compilation, gm: fx.GraphModule, inputs: Sequence
                 step = inner_compile(gm, [*kept, *parts.values], **kwargs)
             return HoistedStep(parts, step, always_refresh=options.always_refresh)
     if kwargs.get("is_backward"):
-        strides = [compilation.strides.get(one) for one in aot.output_descriptors(gm.graph)]
+        known = compilation.strides
+        strides = [known.get(one) for one in aot.output_descriptors(gm.graph)] if known else None
         compiled = inner_compile(gm, inputs, **kwargs)
         weights = [role is InputRole.WEIGHT for role in capture.tensor_inputs]
         return like_eager(compiled, weights, strides)

@@ -68,9 +68,7 @@ class _WithoutWeightGradients(torch.autograd.Function):
             raise WeightGradientError(_NO_WEIGHT_GRADIENT)
         if reached:
             note_dropped((("", weight) for weight in weights), "a model")
-            _note_gradient()
-        else:
-            _expect_gradient()
+        _note_gradient(reached=reached)
         return (grads[0] if reached else None, *[None] * len(weights))
 
 
@@ -78,23 +76,15 @@ _pending: dict[int, bool] = {}
 """By the number of a running backward pass: whether it has reached something that is attacked."""
 
 
-def _note_gradient(*_: Any) -> None:
-    """A gradient arrived at an output that depends on something that is attacked."""
-    if (task := aot.current_graph_task()) in _pending:
-        _pending[task] = True
-    else:
-        _begin(task, True)
+def _note_gradient(*_: Any, reached: bool = True) -> None:
+    """A gradient arrived at an output that depends on something that is attacked.
 
-
-def _expect_gradient() -> None:
-    """A gradient arrived at an output that depends on weights alone, which is fine if it is not the only one."""
-    if (task := aot.current_graph_task()) not in _pending:
-        _begin(task, False)
-
-
-def _begin(task: int, reached: bool) -> None:
-    _pending[task] = reached
-    aot.at_end_of_backward(lambda: _end(task))
+    Or, unless ``reached``, at one that depends on weights alone, which is fine if it is not the only one.
+    """
+    task = aot.current_graph_task()
+    if task not in _pending:
+        aot.at_end_of_backward(lambda: _end(task))
+    _pending[task] = _pending.get(task, False) or reached
 
 
 def _end(task: int) -> None:
@@ -115,22 +105,25 @@ _NO_WEIGHT_GRADIENT = (
 )
 
 
-def like_eager(compiled: Callback, weights: list[bool], strides: Sequence[Sequence[Any] | None]) -> Callback:
+def like_eager(compiled: Callback, weights: list[bool], strides: Sequence[Sequence[Any] | None] | None) -> Callback:
     """A compiled backward pass that raises when a weight gradient is asked for.
 
     Args:
         compiled: The backward pass.
         weights: For every tensor the model was applied to, whether it is a weight.
-        strides: Of every gradient in eager mode, ``None`` where nothing is returned. Inductor may choose others, and
-            attacks call ``gradient.view``.
+        strides: Of every gradient in eager mode, ``None`` where nothing is returned, or if none are known. Inductor may
+            choose others, and attacks call ``gradient.view``.
     """
 
     def backward(args: list[Any]) -> Any:
         if aot.requests_weight_gradient(weights):
             raise WeightGradientError(_NO_WEIGHT_GRADIENT)
+        gradients = compiled(args)
+        if strides is None:
+            return gradients
         return [
             _in_strides(value, wanted) if isinstance(value, torch.Tensor) and wanted is not None else value
-            for value, wanted in zip(compiled(args), strides, strict=True)
+            for value, wanted in zip(gradients, strides, strict=True)
         ]
 
     backward._boxed_call = True  # type: ignore[attr-defined]

@@ -41,7 +41,6 @@ class PruningPass(inductor.CustomGraphPass):
         if graph.output_node().meta.get("desc") is None:
             return  # the body of a loop, a branch or the like inside the graph
         compilation.was_traced = True
-        compilation.strides = _strides_of_gradients(graph)
         if not compilation.attempt(Fallback.PASSES, graph, lambda: self._prune(graph), "pruning failed"):
             compilation.parts = None
             _drop_weight_gradients(graph, capture)
@@ -51,6 +50,7 @@ class PruningPass(inductor.CustomGraphPass):
     def _prune(self, graph: fx.Graph) -> None:
         """Run the passes, then divide a step at the values that they hoist."""
         compilation, options = self.compilation, self.compilation.options
+        compilation.strides = _strides_of_gradients(graph)
         step_graph = build_step_graph(graph, compilation.capture)
         compilation.tell("traced", step_graph)
 

@@ -25,12 +25,9 @@ def _call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     return model(*args, **kwargs)
 
 
-def _hooked(model: nn.Module) -> str | None:
-    """Name of a layer with a hook behind its forward pass or in its backward pass, ``None`` if there is none."""
-    for module in modules_of(model):
-        if module._forward_hooks or module._backward_hooks or module._backward_pre_hooks:
-            return next(str(name) for name, other in model.named_modules() if other is module)
-    return None
+def _hooked(modules: list[nn.Module]) -> nn.Module | None:
+    """A module with a hook behind its forward pass or in its backward pass, ``None`` if there is none."""
+    return next((one for one in modules if one._forward_hooks or one._backward_hooks or one._backward_pre_hooks), None)
 
 
 class AcceleratedModule(nn.Module):
@@ -67,8 +64,9 @@ class AcceleratedModule(nn.Module):
         if torch.compiler.is_compiling():
             return model(*args, **kwargs)
         inputs = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
-        with frozen(model, inputs) as weights:
-            hooked = _hooked(model)
+        modules = modules_of(model)
+        with frozen(modules, inputs) as weights:
+            hooked = _hooked(modules)
             call = self._compiled_for(inputs) if hooked is None else self._eager(hooked)
             try:
                 result = call(model, args, kwargs)
@@ -84,9 +82,10 @@ class AcceleratedModule(nn.Module):
             return result
         return tree_map_only(torch.Tensor, lambda output: without_weight_gradients(output, weights), result)
 
-    def _eager(self, layer: str) -> Any:
+    def _eager(self, hooked: nn.Module) -> Any:
         """What runs a model with such a hook: a compiled one has no tensors between its layers to take gradients of."""
-        notes, name = self.__dict__["_gradprune_notes"], type(self.__dict__["_gradprune_original"]).__name__
+        notes, model = self.__dict__["_gradprune_notes"], self.__dict__["_gradprune_original"]
+        name, layer = type(model).__name__, next(name for name, one in model.named_modules() if one is hooked)
         reason = f"{name} has a hook on {layer or 'itself'}, which may keep or change what autograd makes of that layer"
         if reason not in notes:
             notes.append(reason)

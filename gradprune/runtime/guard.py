@@ -49,7 +49,7 @@ def unchanged(model: Any, mode: Mode) -> Iterator[None]:
 
 
 def modules_of(model: nn.Module) -> list[nn.Module]:
-    """All modules of a model, in any order. ``model.modules()`` takes several times as long, which every call pays."""
+    """All modules of a model, itself first. ``model.modules()`` takes several times as long, which every call pays."""
     found, pending = dict[int, nn.Module](), [model]
     while pending:
         module = pending.pop()
@@ -65,19 +65,24 @@ _frozen: dict[int, tuple[int, list[nn.Parameter]]] = {}
 
 
 @contextmanager
-def frozen(model: nn.Module, inputs: Sequence[torch.Tensor]) -> Iterator[list[nn.Parameter]]:
+def frozen(modules: Sequence[nn.Module], inputs: Sequence[torch.Tensor]) -> Iterator[list[nn.Parameter]]:
     """Have the parameters of a model require no gradient for the block, but for those that are perturbations.
 
     A parameter is one if it was marked as such, or if no input requires a gradient and other parameters require none
     either: then it is what the gradient is taken for.
 
+    Args:
+        modules: All modules of the model, as ``modules_of`` has them.
+        inputs: The tensors it is called with.
+
     Yields:
         The parameters that require gradients otherwise.
     """
+    model = modules[0]
     with _freezing:
         count, weights = _frozen.get(id(model), (0, []))
         if not count:
-            parameters = [one for module in modules_of(model) for one in module._parameters.values() if one is not None]
+            parameters = [one for module in modules for one in module._parameters.values() if one is not None]
             weights = [one for one in parameters if one.requires_grad and not is_perturbation(one)]
             attacked = any(one.requires_grad for one in inputs) or any(map(is_perturbation, parameters))
             if not attacked and len(weights) < len(parameters):

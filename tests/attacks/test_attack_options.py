@@ -8,8 +8,9 @@ import pytest
 
 from gradprune.attacks import CW, FGSM, PGD, AutoAttack
 from gradprune.attacks.registry import ATTACKS, AttackOptions, StepSize, build_attacks, label_of
-from gradprune.cli.options import parse_number, parse_setting, parse_step_size, parse_whole
+from gradprune.cli.options import parse_number, parse_setting, parse_step_size
 from gradprune.errors import OptionError
+from gradprune.support.arguments import parse_whole
 
 
 def built(*names: str, **options: object) -> list:
