@@ -4,7 +4,7 @@
                                              %y = convolution(%x, %l, %b, ...)
 
 Where Inductor computes a graph in channels-last order, it converts the weights at every call. The pass hoists that, for
-graphs that Inductor says it will compute so. Legal in step graphs, for convolutions of two spatial dimensions whose
+graphs that Inductor says it will compute so. Legal for convolutions of two spatial dimensions whose
 weight depends on weights alone. Reorders float: the order may decide which kernel a library picks.
 """
 
@@ -31,7 +31,6 @@ DEVICES = ("cuda",)
     name="channels-last-weights",
     tier=Tier.REORDERS_FLOAT,
     reason="weight converted to channels-last once per attack",
-    forms=["step"],
     needs=["hoist-invariants"],
     when=lambda step_graph: computes_in_channels_last(step_graph.graph),
 )

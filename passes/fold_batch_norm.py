@@ -50,7 +50,6 @@ class FoldBatchNorm(Pass):
     name = "fold-batch-norm"
     tier = Tier.REORDERS_FLOAT
     stage = Stage.CAPTURED
-    forms = frozenset({"step"})
 
     def run(self, captured: CapturedGraph) -> PassResult:
         """Fold norms into the layer before them, or make a multiply-add of them."""

@@ -6,8 +6,8 @@
 This is loop-invariant code motion out of the loop over the steps of an attack. The pass merges equal invariant values
 (common subexpressions, so that each is computed and kept once) and lists what is to be hoisted; the graph is split when
 it is compiled, see ``compiler/split.py``. Legal for every pure operator whose operands are weights that the step
-does not write, or values hoisted already. Applies to the step form: a model called from outside has no loop that is
-known. It does not hoist what depends on the clean images, nor views, which cost nothing. Exact.
+does not write, or values hoisted already. A model that is called from outside has no loop that is known: its weights
+are compared at every call. It does not hoist what depends on the clean images, nor views, which cost nothing. Exact.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ class HoistInvariants(Pass):
 
     name = "hoist-invariants"
     tier = Tier.EXACT
-    forms = frozenset({"step"})
 
     def run(self, step_graph: StepGraph) -> PassResult:
         """Merge equal values of weights, then list what is hoisted."""

@@ -4,8 +4,8 @@
                                              %y = packed_convolution(%x, %p, %b, ...)
 
 Left to itself, torch reorders a weight into the kernel's layout at every call, and runs input gradients as transposed
-convolutions, for which oneDNN has fewer fast kernels. In step graphs, where weights stay the same from step to
-step, the pass packs the weight of every convolution and replaces
+convolutions, for which oneDNN has fewer fast kernels. As weights stay the same from step to step, the pass packs
+the weight of every convolution and replaces
 
 - a transposed convolution of stride 1 by a plain one with the flipped weight,
 - the input gradient with respect to an image, of few channels, by a convolution over blocks of pixels, see
@@ -56,7 +56,6 @@ class PrepackConvolutions(Pass):
 
     name = "prepack-convolutions"
     tier = Tier.REORDERS_FLOAT
-    forms = frozenset({"step"})
     needs = frozenset({"hoist-invariants"})
 
     def run(self, step_graph: StepGraph) -> PassResult:

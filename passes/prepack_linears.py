@@ -5,7 +5,7 @@
 
 Whether it is faster depends on the BLAS that torch was built with and on the processor it finds: twice as fast where
 MKL does not take its best path, no faster where it does. So both are timed for each shape when a step is compiled, and
-the packed one has to win clearly. Legal in step graphs, for a weight that depends on weights alone and a type that
+the packed one has to win clearly. Legal for a weight that depends on weights alone and a type that
 oneDNN computes in. Needs ``hoist-invariants``. Reorders float.
 """
 
@@ -35,7 +35,6 @@ aten = torch.ops.aten
     name="prepack-linears",
     tier=Tier.REORDERS_FLOAT,
     reason="weight packed once per attack",
-    forms=["step"],
     needs=["hoist-invariants"],
 )
 def prepack_linears(node: fx.Node, build: Builder) -> fx.Node | None:

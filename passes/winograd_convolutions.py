@@ -4,8 +4,8 @@
                                              %y = winograd_convolution(%x, %u, %b, ...)
 
 Forward and, as a transposed convolution of stride 1, input gradient; see ``gradprune/ops/winograd.py``. Inference does
-the same where weights are constants; here it is the hoisting that makes the weight's transform free. Legal in step
-graphs for float32, without groups or dilation, for a padding of at most 2 and multiples of 16 channels, if the weight
+the same where weights are constants; here it is the hoisting that makes the weight's transform free. Legal for
+float32, without groups or dilation, for a padding of at most 2 and multiples of 16 channels, if the weight
 depends on weights alone. Both kernels are timed for each shape when a step is compiled. Needs ``hoist-invariants``.
 Reorders float; the sums have fewer terms, and the result is no further from float64 than a direct convolution's.
 """
@@ -36,7 +36,6 @@ aten = torch.ops.aten
     name="winograd-convolutions",
     tier=Tier.REORDERS_FLOAT,
     reason="16 multiplications instead of 36, weight transformed once",
-    forms=["step"],
     needs=["hoist-invariants"],
 )
 def winograd_convolutions(node: fx.Node, build: Builder) -> fx.Node | None:

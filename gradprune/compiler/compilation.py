@@ -14,6 +14,7 @@ from gradprune.errors import CompileError, PassError
 from gradprune.graph.editing import copy_graph, restore_graph
 from gradprune.passes.base import Pass
 from gradprune.passes.fold_batch_norm import FoldBatchNorm
+from gradprune.passes.hoist_invariants import HoistInvariants
 from gradprune.passes.pipeline import select_passes
 from gradprune.torch_compat.inductor import compile_fx_inner
 
@@ -57,6 +58,9 @@ class Compilation:
         """The passes to run, before autograd and after it."""
         options = self.options
         disable = options.disable if options.fold_batch_norm else (*options.disable, FoldBatchNorm.name)
+        if self.capture.form == "model" and options.inductor_settings.get("triton.cudagraphs"):
+            # A CUDA graph would copy every value at every call, for new ones are not where those before them were.
+            disable = (*disable, HoistInvariants.name)
         return select_passes(disable, options.exact_order, options.passes)
 
     def tell(self, event: str, *about: Any) -> None:

@@ -1,7 +1,7 @@
 """Run what depends on weights alone once per attack, and never let the step see a stale value of it.
 
 Note [Freshness]: a compiled step is called K times per attack, with weights that may change at any time between two
-calls. The prologue's values are used again if all of these hold:
+calls, and so may a compiled model. The prologue's values are used again if all of these hold:
 
 - an input of the call lies in the memory of an output of the previous call, as ``x_adv`` does in
   ``x_adv = step(x_adv, x, y)``, or both calls were made in the same ``one_attack`` block: the call continues the attack
@@ -14,6 +14,9 @@ calls. The prologue's values are used again if all of these hold:
 
 They are also used again if every weight equals the copy that was made of it. Parameters are copied on a CPU only, where
 comparing takes a fraction of the prologue's time. Otherwise the prologue runs again.
+
+A model returns no iterates, so outside of ``one_attack`` its weights are compared at every forward pass. Its backward
+pass reads the values of its own forward pass, which autograd keeps as it keeps activations.
 
 Writes through ``weight.data`` or numpy do not advance the counter. Between attacks they are seen all the same, because
 the first step of an attack continues nothing; in the middle of one they are not. Whoever does that calls ``invalidate``
@@ -44,11 +47,13 @@ class HoistedStep:
 
     _boxed_call = True
 
-    def __init__(self, parts: Split, step: Callback, *, always_refresh: bool) -> None:
+    def __init__(self, parts: Split, step: Callback, *, always_refresh: bool, returns_iterates: bool = True) -> None:
         self._prologue = parts.prologue
         self._prologue_inputs = parts.prologue_inputs
         self._step = step
         self._step_inputs = parts.step_inputs
+        self._saved = parts.saved
+        self._returns_iterates = returns_iterates
         self._always_refresh = always_refresh
         self._expected = parts.values
         self._values: list[torch.Tensor] | None = None
@@ -73,6 +78,11 @@ class HoistedStep:
         assert self._values is not None
         given = _storages(inputs)
         outputs = self._step([*inputs, *self._values])
+        if not self._returns_iterates:
+            outputs = list(outputs)
+            for position, value in self._saved:
+                outputs[position] = self._values[value]
+            return outputs
         # What lies in the memory of an argument, such as the clean images, would make every call continue this attack.
         # The weak references keep the other addresses from being used again.
         results = [output for output in outputs if isinstance(output, torch.Tensor)]
@@ -117,7 +127,8 @@ class HoistedStep:
     def _refresh(self, weights: Sequence[torch.Tensor]) -> None:
         self._weights = None  # should the prologue fail, nothing of it is used
         on_cpu = all(weight.is_cpu for weight in weights)
-        static = self._values is not None and not on_cpu
+        # What a forward pass saved stays as it is.
+        static = self._values is not None and not on_cpu and not self._saved
         # Not valid until they are those of these weights. Written to again, for in training all of this runs once per
         # update, and memory that is new to the process costs several times what copying does.
         kept, self._copies = self._copies, None

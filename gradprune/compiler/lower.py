@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from .hoisted_step import HoistedStep
 from .misuse import like_eager, with_calling_convention
 from .options import Options
 from .pruning import PruningPass
+from .split import Split, erase_stand_ins, forward_of
 
 
 def compile_graph(
@@ -168,25 +170,41 @@ def _compile_part(compilation: Compilation, gm: fx.GraphModule, inputs: Sequence
             if parts is None:
                 compiled = inner_compile(gm, inputs, **kwargs)
                 return compiled
-            kept = [inputs[index] for index in parts.step_inputs]
-            static = set(kwargs.get("static_input_idxs") or ())
-            kwargs["static_input_idxs"] = [
-                *(position for position, index in enumerate(parts.step_inputs) if index in static),
-                *range(len(kept), len(kept) + len(parts.values)),
-            ]
-            # A packed weight has no strides that could be asserted.
-            with inductor.inductor_config.patch(size_asserts=False, alignment_asserts=False):
-                step = inner_compile(gm, [*kept, *parts.values], **kwargs)
-            return HoistedStep(parts, step, always_refresh=options.always_refresh)
+            return _compile_divided(compilation, parts, gm, inputs, **kwargs)
     if kwargs.get("is_backward"):
         known = compilation.strides
         strides = [known.get(one) for one in aot.output_descriptors(gm.graph)] if known else None
-        compiled = inner_compile(gm, inputs, **kwargs)
+        with nullcontext() if compilation.parts is None else _without_layout_asserts():
+            erase_stand_ins(gm.graph)
+            compiled = inner_compile(gm, inputs, **kwargs)
         weights = [role is InputRole.WEIGHT for role in capture.tensor_inputs]
         return like_eager(compiled, weights, strides)
     aot.declare_no_donated_buffers()
+    if compilation.parts is not None:
+        return _compile_divided(compilation, forward_of(compilation.parts, gm.graph), gm, inputs, **kwargs)
     compiled = inner_compile(gm, inputs, **kwargs)
     return compiled
+
+
+def _compile_divided(
+    compilation: Compilation, parts: Split, gm: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any
+) -> Callback:
+    """Compile what takes hoisted values as inputs, behind those of the whole."""
+    kept = [inputs[index] for index in parts.step_inputs]
+    static = set(kwargs.get("static_input_idxs") or ())
+    kwargs["static_input_idxs"] = [
+        *(position for position, index in enumerate(parts.step_inputs) if index in static),
+        *range(len(kept), len(kept) + len(parts.values)),
+    ]
+    with _without_layout_asserts():
+        step = _told(compilation)(gm, [*kept, *parts.values], **kwargs)
+    is_step = compilation.capture.form == "step"
+    return HoistedStep(parts, step, always_refresh=compilation.options.always_refresh, returns_iterates=is_step)
+
+
+def _without_layout_asserts() -> AbstractContextManager[object]:
+    """A packed weight has no strides that could be asserted."""
+    return inductor.inductor_config.patch(size_asserts=False, alignment_asserts=False)  # type: ignore[no-any-return]
 
 
 def _layout_settings(graph: fx.Graph) -> dict[str, Any]:

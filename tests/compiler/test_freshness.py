@@ -25,7 +25,7 @@ from torch.nn.utils import parametrizations, vector_to_parameters
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 import gradprune
-from gradprune.compiler.hoisted_step import HoistedStep, _steps
+from gradprune.compiler.hoisted_step import HoistedStep, _steps, one_attack
 
 TOLERANCE = 1e-4
 """Of a gradient in float32, relative to its largest element."""
@@ -1066,6 +1066,108 @@ def test_unseen_change_between_attacks_by_a_step_that_returns_an_argument(extra:
         result = subject(x_adv, x, y)
         subject.reuses(result[0], x, y)
         through_data(subject.model)
+
+
+# --- Models -----------------------------------------------------------------------------------------------------------
+
+
+def gradient_of(model: nn.Module) -> Tensor:
+    """Gradient of the loss at the start of an attack."""
+    x_adv, _, y = images()
+    x_adv.requires_grad_(True)
+    return torch.autograd.grad(F.cross_entropy(model(x_adv), y), x_adv)[0]
+
+
+@pytest.fixture(scope="module")
+def accelerated_once() -> Iterator[tuple[Network, nn.Module]]:
+    model = Network()
+    yield model, gradprune.accelerate(model, **STRICT)
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def accelerated(accelerated_once: tuple[Network, nn.Module]) -> Iterator[tuple[Network, nn.Module]]:
+    """A model, and what Inductor compiled of it with the weights that it has."""
+    model, fast = accelerated_once
+    gradient_of(fast)
+    yield accelerated_once
+    restore(model)
+
+
+@pytest.mark.parametrize("route", [*NOTICED, *UNSEEN])
+def test_models_compare_their_weights_at_every_call(accelerated: tuple[Network, nn.Module], route: str):
+    model, fast = accelerated
+    before = gradient_of(model)
+    assert relative_error(gradient_of(fast), before) < TOLERANCE
+    {**NOTICED, **UNSEEN}[route](model)
+    expected = gradient_of(model)
+    assert relative_error(expected, before) > CHANGE, "the change is too small to be seen"
+    assert relative_error(gradient_of(fast), expected) < TOLERANCE
+
+
+def test_prologue_of_a_model_rests_while_its_weights_are_the_same(accelerated: tuple[Network, nn.Module]):
+    _, fast = accelerated
+    before = refreshes()
+    for _ in range(3):
+        gradient_of(fast)
+        with torch.no_grad():
+            fast(images()[0])
+    assert refreshes() - before <= 1, "of the compilation without gradients"
+    with one_attack():
+        gradient_of(fast)
+    assert refreshes() - before <= 1
+
+
+@pytest.mark.parametrize("through", ["in place", "data"])
+def test_backward_passes_are_those_of_their_forward_pass(accelerated: tuple[Network, nn.Module], through: str):
+    """Two forward passes are under way when the first backward pass runs, and hoisted weights have changed in between.
+
+    Eager raises where it notices, and otherwise mixes old activations with new weights.
+    """
+    model, fast = accelerated
+    x_adv, _, y = images()
+    inputs, losses, expected = [], [], []
+    for _ in range(2):
+        expected.append(gradient_of(model))
+        inputs.append(x_adv.clone().requires_grad_(True))
+        losses.append(F.cross_entropy(fast(inputs[-1]), y))
+        with torch.no_grad():
+            weight = model.conv.weight if through == "in place" else model.conv.weight.data
+            weight.copy_(torch.randn_like(weight))
+    assert relative_error(expected[1], expected[0]) > CHANGE
+    for k in (1, 0):
+        for _ in range(2):
+            (gradient,) = torch.autograd.grad(losses[k], inputs[k], retain_graph=True)
+            assert relative_error(gradient, expected[k]) < TOLERANCE
+
+
+@pytest.mark.usefixtures("no_code")
+def test_weights_of_a_model_that_are_attacked_are_not_hoisted():
+    """A patch that is a parameter changes at every step."""
+
+    class Patched(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = Network()
+            self.patch = nn.Parameter(torch.zeros(1, 3, 8, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.network(x + self.patch.tanh())
+
+    model, x = Patched(), images()[1]
+    gradprune.perturbation(model.patch)
+    fast = gradprune.accelerate(model, **STRICT)
+    for _ in range(3):
+        found = []
+        for one in (model, fast):
+            model.patch.grad = None
+            F.cross_entropy(one(x), images()[2]).backward()
+            assert model.patch.grad is not None
+            found.append(model.patch.grad)
+        assert relative_error(found[1], found[0]) < TOLERANCE
+        with torch.no_grad():
+            model.patch -= found[0].sign()
+    assert all("tanh" not in change.operator for report in gradprune.reports(fast) for change in report.hoisted)
 
 
 # --- Training ---------------------------------------------------------------------------------------------------------

@@ -516,11 +516,10 @@ def test_backward_marks_and_source_are_kept():
         assert "attack.py" in node.meta["stack_trace"], node
 
 
-def test_model_form_is_left_alone():
-    """There is no prologue that could pack a weight."""
+def test_model_form():
     applied = apply(PrepackConvolutions(), dataclasses.replace(forward(SMALL), form="model"))
-    assert not applied.changed
-    assert applied.result == PassResult()
+    assert applied.changed
+    assert applied.result == apply(PrepackConvolutions(), forward(SMALL)).result
 
 
 @pytest.mark.parametrize("direction", [forward, input_gradient])

@@ -238,8 +238,9 @@ def left_alone(step_graph: StepGraph, asked: list[Question]) -> None:
     assert asked == []  # nothing is measured for it either
 
 
-def test_model_form_is_left_alone(asked: list[Question]):
-    left_alone(dataclasses.replace(forward(), form="model"), asked)
+def test_model_form(asked: list[Question]):
+    assert apply(prepack_linears, dataclasses.replace(forward(), form="model")).changed
+    assert asked
 
 
 @pytest.mark.parametrize("make", [forward, input_gradient])
