@@ -41,6 +41,8 @@ class Compilation:
         capture: What Dynamo's graph says about itself.
         was_traced: Whether the passes were shown the ATen graph of the whole capture.
         parts: The divided step, if it was divided.
+        written: Which of Dynamo's inputs the graph writes.
+        unrepeatable: Why running it twice may not give the same result; empty if it must.
         strides: Of the gradients that a model returns, before the passes, by what torch noted on them.
     """
 
@@ -51,6 +53,8 @@ class Compilation:
     capture: Capture = field(default_factory=lambda: Capture("model", []))
     was_traced: bool = False
     parts: Split | None = None
+    written: set[int] = field(default_factory=set)
+    unrepeatable: str = ""
     strides: dict[Any, tuple[Any, ...]] = field(default_factory=dict)
 
     @cached_property

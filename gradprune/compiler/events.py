@@ -24,6 +24,8 @@ class Fallback(enum.Enum):
     """Batch norm is not folded; the other passes ran."""
     PASSES = "passes failed, compiled as captured"
     """The graph is compiled as it was traced, but for the weight gradients that nothing reads."""
+    CHECK = "computed wrongly, runs eagerly"
+    """What was compiled gave another result than the graph as captured."""
     CAPTURED = "compiled as captured"
     """Nothing is known about the graph: it is compiled as torch's default backend would."""
 
@@ -66,6 +68,9 @@ class Listener:
 
     def finished(self) -> None:
         """All is compiled but for the backward graph of a model."""
+
+    def checked(self, outcome: str) -> None:
+        """What is compiled was called, and compared with the captured graph or not, long after ``finished``."""
 
     def abandoned(self, error: BaseException) -> None:
         """The compilation ended in an error, which may be Dynamo's way of beginning anew."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -18,6 +19,7 @@ from gradprune.torch_compat import aot, dynamo, inductor, probe
 from .capture import capture
 from .compilation import Callback, Compilation, InnerCompile
 from .events import Fallback, Listener
+from .first_call import FirstCall, without_metadata
 from .hoisted_step import HoistedStep
 from .misuse import like_eager, with_calling_convention
 from .options import Options
@@ -64,7 +66,7 @@ def compile_graph(
 
 
 def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], compilation: Compilation) -> Callback:
-    options = compilation.options
+    options, start = compilation.options, time.perf_counter()
 
     def classify() -> None:
         compilation.capture = capture(gm, forward_only=options.forward_only)
@@ -77,6 +79,8 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], compilation: Com
         compilation.tell("classified", "model")
         return _compile_fx(gm, example_inputs, _told(compilation), options.inductor_settings)
     compilation.tell("classified", compilation.capture.form)
+    is_checked = options.check != "never" and compilation.run_prologue
+    captured = without_metadata(gm) if is_checked else None
     _run_passes_before_autograd(gm, compilation)
     pruning = PruningPass(compilation, inductor.inductor_config.joint_custom_pre_pass)
     compiled = _compile_fx(
@@ -89,6 +93,8 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], compilation: Com
     if not compilation.was_traced and any(node.op not in ("placeholder", "output") for node in gm.graph.nodes):
         reason = "torch noted no descriptors ('desc') on the outputs of the graph, and its passes ran on none of it"
         compilation.fall_back(Fallback.CAPTURED, reason, None)
+    elif captured is not None and compilation.was_traced:
+        compiled = FirstCall(compiled, captured, compilation, time.perf_counter() - start)
     return with_calling_convention(compiled, compilation.capture)
 
 

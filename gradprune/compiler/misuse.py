@@ -76,6 +76,8 @@ _pending: dict[int, bool] = {}
 """By the number of a running backward pass: whether it has reached something that is attacked."""
 
 
+# Autograd may call these while Dynamo looks for frames to compile.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _note_gradient(*_: Any, reached: bool = True) -> None:
     """A gradient arrived at an output that depends on something that is attacked.
 
@@ -87,6 +89,7 @@ def _note_gradient(*_: Any, reached: bool = True) -> None:
     _pending[task] = _pending.get(task, False) or reached
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _end(task: int) -> None:
     if not _pending.pop(task, True):
         raise TrainingStepError(
@@ -138,6 +141,7 @@ def _in_strides(value: torch.Tensor, strides: Sequence[Any]) -> torch.Tensor:
     return torch.empty_strided(value.shape, strides, dtype=value.dtype, device=value.device).copy_(value)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _refuse_double_backward(grad_inputs: Sequence[torch.Tensor | None], grad_outputs: object) -> None:
     """Hook on the backward of a compiled model: with ``create_graph=True`` its results must not be differentiated."""
     if not torch.is_grad_enabled():

@@ -13,6 +13,8 @@ from gradprune.passes.base import Pass, Tier
 from gradprune.passes.pipeline import PASS_NAMES
 from gradprune.torch_compat.inductor import inductor_config, list_mode_options
 
+CHECKS = ("auto", "first", "always", "never")
+
 
 @dataclass(frozen=True)
 class Options:
@@ -31,6 +33,10 @@ class Options:
             each; for attacks of ``gradprune.attacks`` at the first.
         strict: Raise when a pass fails. By default the graph is compiled as it was captured, with one warning, and
             the reason is in the report.
+        check: When to compare what is compiled with the captured graph run eagerly on the same inputs: ``"first"``, at
+            the first call; ``"always"``; ``"never"``; by default, ``"auto"``, at the first call if an eager step takes
+            less than a tenth of the compilation's time. If it is wrong there is a warning, and the captured graph runs
+            eagerly; with ``strict`` an error.
         verify: Check the graph after every pass. Costs compile time; meant for tests and bug reports.
         dump: Folder to write every stage of the compilation to, a subfolder for each graph: programs, kernels, report,
             ``repro.py``. By default what the environment variable ``GRADPRUNE_DUMP`` says. Changes nothing else; if it
@@ -47,6 +53,7 @@ class Options:
     always_refresh: bool = False
     forward_only: bool = False
     strict: bool = False
+    check: str = "auto"
     verify: bool = False
     dump: str | os.PathLike[str] | None = None
     dump_inputs: bool = False
@@ -58,6 +65,8 @@ class Options:
             name, value = option.name, getattr(self, option.name)
             if isinstance(option.default, bool) and not isinstance(value, bool):
                 raise OptionError(f"gradprune option {name!r} must be True or False, not {value!r}")
+        if self.check not in CHECKS:
+            raise OptionError(f"gradprune option 'check' must be one of {', '.join(CHECKS)}, not {self.check!r}")
         folder: object = self.dump
         if folder is not None and not (isinstance(folder, (str, os.PathLike)) and os.fspath(folder)):
             raise OptionError(f"gradprune option 'dump' must be the path of a folder, not {folder!r}")

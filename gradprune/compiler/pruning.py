@@ -23,6 +23,7 @@ from gradprune.torch_compat import aot, dynamo, inductor
 from .capture import Capture
 from .compilation import Compilation
 from .events import Fallback
+from .first_call import unrepeatable, written_inputs
 from .split import split
 
 
@@ -41,6 +42,8 @@ class PruningPass(inductor.CustomGraphPass):
         if graph.output_node().meta.get("desc") is None:
             return  # the body of a loop, a branch or the like inside the graph
         compilation.was_traced = True
+        compilation.written, shared = written_inputs(graph)
+        compilation.unrepeatable = unrepeatable(graph) or shared
         if not compilation.attempt(Fallback.PASSES, graph, lambda: self._prune(graph), "pruning failed"):
             compilation.parts = None
             _drop_weight_gradients(graph, capture)

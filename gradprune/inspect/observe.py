@@ -127,6 +127,11 @@ class Observer(Listener):
             header = [f"As a failure left it: {reason}", f"{what.value.capitalize()}.", _version()]
             self._folder.write_stage("failed.py", program(graph, "failed", header))
 
+    def checked(self, outcome: str) -> None:
+        """Write the report again, in which the outcome is."""
+        if self._folder is not None:
+            self._write_report(self._folder)
+
     def split(self, parts: Split) -> None:
         """Show both parts."""
         for name, graph, what in (

@@ -54,8 +54,12 @@ class Recorder(Listener):
         report = self.report
         report.fallback = reason if report.fallback is None else f"{report.fallback}; {reason}"
         report.fallback_kind = what.value
-        if what is not Fallback.FOLDING:
+        if what in (Fallback.PASSES, Fallback.CAPTURED):
             del report.passes[self._before_tracing :]
+
+    def checked(self, outcome: str) -> None:
+        """Note how the comparison with eager ended."""
+        self.report.check = outcome
 
     def compiling(self, part: str, graph: fx.Graph) -> None:
         """Take the bytes that forward hands to backward from the graph that torch's partitioner made."""

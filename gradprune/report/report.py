@@ -49,9 +49,11 @@ class Report:
         kernels: What Inductor's generated code calls; empty if nothing was compiled.
         fallback: Why something had to be done without, ``None`` if nothing had to.
         fallback_kind: What it was, ``None`` if nothing was: ``"folding failed"`` (batch norm is not folded),
-            ``"passes failed, compiled as captured"`` (all but unread weight gradients is computed) or
-            ``"compiled as captured"`` (nothing is known about the graph); or ``"not compiled, runs eagerly"`` of a call
+            ``"passes failed, compiled as captured"`` (all but unread weight gradients is computed),
+            ``"computed wrongly, runs eagerly"`` (see ``check``) or ``"compiled as captured"`` (nothing is known about
+            the graph); or ``"not compiled, runs eagerly"`` of a call
             that nothing was compiled for.
+        check: How the comparison of the first call with the captured graph, run eagerly, ended; empty before that call.
         left_out: What of the function or module Dynamo left to Python, with the line and why.
         function: Name of the function or module that the graph was captured from, if it is known.
         dump: Folder that all of this was written to, ``None`` if nothing was.
@@ -63,6 +65,7 @@ class Report:
     kernels: list[Kernel] = field(default_factory=list)
     fallback: str | None = None
     fallback_kind: str | None = None
+    check: str = ""
     left_out: list[str] = field(default_factory=list)
     function: str = ""
     dump: str | None = None
@@ -242,7 +245,7 @@ class Report:
             and ``after``; ``speedup`` (ratios of ``flops`` and ``bytes``, and ``predicted``); the lists ``removed``,
             ``narrowed``, ``hoisted``, ``skipped`` and ``weight_gradients`` of ``node``, ``operator``, ``source``,
             ``reason``, for hoisted values ``bytes`` too; ``passes`` (``name``, ``tier``, ``seconds``, ``ops``);
-            ``kernels`` (``name``, ``count``, ``kind``, ``part``); ``fallback``, ``fallback_kind``, ``dump``,
+            ``kernels`` (``name``, ``count``, ``kind``, ``part``); ``check``; ``fallback``, ``fallback_kind``, ``dump``,
             ``dump_error``, which may be ``None``.
         """
         return {
@@ -273,6 +276,7 @@ class Report:
                 for record in self.passes
             ],
             "kernels": [asdict(kernel) for kernel in self.kernels],
+            "check": self.check,
             "fallback": self.fallback,
             "fallback_kind": self.fallback_kind,
             "dump": self.dump,
@@ -322,6 +326,8 @@ class Report:
         if self.passes:
             took = (f"{record.name}\xa0{record.seconds * 1e3:.0f}\xa0ms" for record in self.passes)
             lines += _wrap("passes: " + ", ".join(took), lines=4)
+        if self.check:
+            lines += _wrap(self.check)
         if self.dump is not None:
             lines.append(f"  written to {self.dump}")
         if self.dump_error is not None:

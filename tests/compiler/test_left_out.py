@@ -191,3 +191,21 @@ def test_a_package_whose_name_begins_like_torch_is_not_torch(caplog: pytest.LogC
     exec(compile(source, file, "exec"), made)  # what stands in no file of torch
     torch.compile(made["step"], backend="gradprune")(torch.rand(3))
     assert any(file in line for line in warnings_of(caplog))
+
+
+def test_what_autograd_calls_is_not_said_to_be_left_out(caplog: pytest.LogCaptureFixture):
+    """A gradient that is taken behind a break runs hooks of gradprune's own, which are no part of the step."""
+
+    def step(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.detach().requires_grad_(True)
+        loss = F.cross_entropy(model(x), y)
+        print(end="")
+        return loss, torch.autograd.grad(loss, x)[0]
+
+    model, (x, _, y) = network(), images()
+    compiled = torch.compile(step, backend="gradprune")
+    for actual, expected in zip(compiled(x, y), step(x, y), strict=True):
+        torch.testing.assert_close(actual, expected)
+    messages = warnings_of(caplog)
+    assert messages
+    assert not any("torch_compat" in message for message in messages)
