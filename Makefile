@@ -52,7 +52,8 @@ lint: .venv/installed  ## Style and types.
 	$(BIN)/pip install --quiet --constraint constraints.txt torch numpy
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	# Tests compare attacks with these. By their metadata they want old releases of what is installed.
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps torchattacks foolbox adversarial-robustness-toolbox
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps torchattacks foolbox \
+	  adversarial-robustness-toolbox torchattack cleverhans adv-lib captum
 	touch $@
 
 clean:

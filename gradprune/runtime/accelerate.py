@@ -25,6 +25,11 @@ def _call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     return model(*args, **kwargs)
 
 
+def _differentiable(value: torch.Tensor) -> torch.Tensor:
+    """A copy that a gradient can be taken for, and that may be written to."""
+    return value.detach().requires_grad_(True).clone() if value.is_floating_point() else value
+
+
 def _hooked(modules: list[nn.Module]) -> nn.Module | None:
     """A module with a hook behind its forward pass or in its backward pass, ``None`` if there is none."""
     return next((one for one in modules if one._forward_hooks or one._backward_hooks or one._backward_pre_hooks), None)
@@ -68,6 +73,9 @@ class AcceleratedModule(nn.Module):
         with frozen(modules, inputs) as weights:
             hooked = _hooked(modules)
             call = self._compiled_for(inputs) if hooked is None else self._eager(hooked)
+            if hooked is not None and weights and not any(value.requires_grad for value in inputs):
+                # What a hook looks at has a gradient in eager mode, be it for the weights' sake only.
+                args, kwargs = tree_map_only(torch.Tensor, _differentiable, (args, kwargs))
             try:
                 result = call(model, args, kwargs)
             except RuntimeError as error:

@@ -19,13 +19,25 @@ Attack = Callable[[nn.Module, Tensor, Tensor], Any]
 """Takes a model, images and labels, and returns examples or attributions: one tensor or several."""
 
 
-def network() -> nn.Sequential:
+class InFloat64(nn.Module):
+    """Layers that compute in float64 between float32 and float32, so that rounding changes the sign of no gradient."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*layers).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.layers(x.double())
+        return output.float()
+
+
+def network() -> nn.Module:
     """A small network without kinks, so that rounding moves no sample to the other side of one."""
     torch.manual_seed(0)
     first = nn.Sequential(nn.Conv2d(3, 6, 3, stride=2, padding=1), nn.BatchNorm2d(6), nn.ELU())
     model = nn.Sequential(first, nn.Conv2d(6, 6, 3, padding=1), nn.ELU(), nn.Flatten(), nn.Linear(96, CLASSES)).eval()
     nn.init.normal_(model[0][1].running_mean)  # type: ignore[index, arg-type]
-    return model
+    return InFloat64(*model).eval()
 
 
 def network_with_relus() -> nn.Module:

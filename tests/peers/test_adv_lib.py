@@ -42,7 +42,6 @@ ATTACKS: dict[str, tuple[str, dict[str, Any]]] = {
     "σ-zero": ("sigma_zero", {"num_steps": STEPS}),
     "FGA": ("fga", {"targeted": False, "max_iter": STEPS}),
     "VFGA": ("vfga", {"targeted": False, "max_iter": STEPS}),
-    "structured": ("str_attack", {"binary_search_steps": 2, "max_iterations": STEPS, "retrain": False}),
     "trust region L2": ("tr", {"iter": STEPS}),
     "trust region Linf": ("tr", {"iter": STEPS, "p": INF}),
 }
