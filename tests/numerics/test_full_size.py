@@ -38,7 +38,7 @@ def test_costs(name: str):
     # Folded batch norm saves nothing, and folding comes before what the report takes for the graph before.
     step = step_by_backward(model, F.cross_entropy)
     of_step = gradprune.explain(step, x, x.clone(), y, strict=True, fold_batch_norm=False)
-    of_model = gradprune.explain(model, x.clone().requires_grad_(True), strict=True)
+    of_model = gradprune.explain(model, x.clone().requires_grad_(True), strict=True, fold_batch_norm=False)
     for report in (of_step, of_model):
         assert report.flops["before"]["weight_grad"] > 0
         assert report.flops["after"]["weight_grad"] == 0
@@ -55,10 +55,12 @@ def test_costs(name: str):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet18", "convnext_atto"])
-def test_a_step_needs_no_more_memory_than_a_model(name: str):
+def test_steps_and_models_need_half_the_memory_of_eager(name: str):
     model = timm_model(name)
     x, y = images()
+    of_eager = peak_allocated_bytes(step_by_autograd_grad(model, F.cross_entropy), x.clone(), x, y)
     step = gradprune.compile(step_by_autograd_grad(model, F.cross_entropy))
     around_model = step_by_autograd_grad(gradprune.accelerate(model), F.cross_entropy)
     x_adv, _ = step(x.clone(), x, y)  # what the prologue needs is needed once per attack
-    assert peak_allocated_bytes(step, x_adv, x, y) <= 1.1 * peak_allocated_bytes(around_model, x.clone(), x, y)
+    assert peak_allocated_bytes(step, x_adv, x, y) < 0.5 * of_eager
+    assert peak_allocated_bytes(around_model, x.clone(), x, y) < 0.5 * of_eager
