@@ -312,8 +312,9 @@ def products() -> Iterator[Case]:
             def flagged(batch: tuple[int, ...] = batch) -> tuple[Any, ...]:
                 return normal(*batch, 4).to_mkldnn(), normal(*batch, 5).to_mkldnn(), normal(4, 5), None
 
-            yield Case("aten.mkldnn_linear_backward.default", name, masked)
-            yield Case("aten.mkldnn_linear_backward_weights.default", name, flagged)
+            # oneDNN may choose another kernel where a product is not asked for.
+            yield Case("aten.mkldnn_linear_backward.default", name, masked, rounding=8)
+            yield Case("aten.mkldnn_linear_backward_weights.default", name, flagged, rounding=8)
 
 
 def attentions() -> Iterator[Case]:
