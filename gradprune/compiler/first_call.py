@@ -113,7 +113,7 @@ class FirstCall:
         foreign = [type(one) for one in tensors if type(one) not in (Tensor, torch.nn.Parameter, torch.nn.Buffer)]
         if foreign:
             return f"an input is a {foreign[0].__name__}"
-        if torch._C._functorch.peek_interpreter_stack() is not None:
+        if aot.is_transformed():
             return "it is called within a transform of torch.func"
         if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
             return "hooks are set on saved tensors"

@@ -142,18 +142,29 @@ def _in_strides(value: torch.Tensor, strides: Sequence[Any]) -> torch.Tensor:
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _refuse_double_backward(grad_inputs: Sequence[torch.Tensor | None], grad_outputs: object) -> None:
-    """Hook on the backward of a compiled model: with ``create_graph=True`` its results must not be differentiated."""
+def _refuse_double_backward(
+    grad_inputs: Sequence[torch.Tensor | None], grad_outputs: Sequence[torch.Tensor | None]
+) -> tuple[None, ...] | None:
+    """Hook on the backward of a compiled model: with ``create_graph=True`` its results must not be differentiated.
+
+    Where no gradient came in, it returns none, which zeros computed by the compiled backward would be otherwise.
+    """
+    if all(gradient is None for gradient in grad_outputs):
+        return (None,) * len(grad_inputs)
     if not torch.is_grad_enabled():
-        return
+        return None
     for gradient in grad_inputs:
         if gradient is not None and gradient.grad_fn is not None:
             gradient.grad_fn.register_prehook(_raise_double_backward)
+    return None
 
 
 def _raise_double_backward(grad_outputs: Sequence[torch.Tensor]) -> None:
-    raise DoubleBackwardError(
-        "the input gradient of a model compiled with gradprune was differentiated (double backward), which a "
-        "separately compiled backward cannot do. Compile the whole step instead, with both gradient calls inside: "
-        'torch.compile(attack_step, backend="gradprune")'
-    )
+    raise DoubleBackwardError(DOUBLE_BACKWARD)
+
+
+DOUBLE_BACKWARD = (
+    "the input gradient of a model compiled with gradprune was differentiated (double backward), which a separately "
+    "compiled backward cannot do. Compile the whole step instead, with both gradient calls inside: "
+    'torch.compile(attack_step, backend="gradprune")'
+)

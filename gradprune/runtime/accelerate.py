@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from types import FunctionType
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from gradprune.backend import RUNS_EAGERLY
 from gradprune.backend import compile as compile_
 from gradprune.compiler.misuse import without_weight_gradients
 from gradprune.compiler.options import Options
 from gradprune.errors import TrainingStepError
+from gradprune.torch_compat import aot
 
+from .double_backward import WithDoubleBackward, may_run_again
 from .guard import frozen, modules_of
 
 log = logging.getLogger(__name__)
@@ -86,19 +89,58 @@ class AcceleratedModule(nn.Module):
                     "which gradprune does not compute. If that is what the attack changes, mark the layer or parameter "
                     "it comes from: gradprune.perturbation(model.embedding)"
                 ) from error
-        if not weights or not torch.is_grad_enabled():
+            if not torch.is_grad_enabled() or aot.is_transformed():
+                return result
+            if hooked is None and may_run_again(modules):
+                result = self._differentiable_twice(result, args, kwargs, modules)
+        if not weights:
             return result
         return tree_map_only(torch.Tensor, lambda output: without_weight_gradients(output, weights), result)
 
     def _eager(self, hooked: nn.Module) -> Any:
         """What runs a model with such a hook: a compiled one has no tensors between its layers to take gradients of."""
-        notes, model = self.__dict__["_gradprune_notes"], self.__dict__["_gradprune_original"]
+        model = self.__dict__["_gradprune_original"]
         name, layer = type(model).__name__, next(name for name, one in model.named_modules() if one is hooked)
-        reason = f"{name} has a hook on {layer or 'itself'}, which may keep or change what autograd makes of that layer"
+        self._note(
+            f"{name} has a hook on {layer or 'itself'}, which may keep or change what autograd makes of that layer"
+        )
+        return _call
+
+    def _note(self, reason: str) -> None:
+        """Say once why something is not compiled."""
+        notes = self.__dict__["_gradprune_notes"]
         if reason not in notes:
             notes.append(reason)
             log.warning("gradprune: %s, with frozen weights: %s", RUNS_EAGERLY, reason)
-        return _call
+
+    def _differentiable_twice(self, result: Any, args: tuple[Any, ...], kwargs: dict[str, Any], modules: Any) -> Any:
+        """The result, from which gradients that depend on inputs can be taken."""
+        model = self.__dict__["_gradprune_original"]
+        leaves, structure = tree_flatten((args, kwargs))
+        attacked = [at for at, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+        kept = [
+            one for module in modules for one in module._parameters.values() if one is not None and one.requires_grad
+        ]
+        values, outline = tree_flatten(result)
+        places = [at for at, value in enumerate(values) if isinstance(value, torch.Tensor) and value.requires_grad]
+        if not places or (not attacked and not kept):
+            return result
+
+        def again(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+            self._note(f"a gradient of {type(model).__name__} is differentiated (create_graph=True) or batched")
+            inputs = [*leaves]
+            for at, tensor in zip(attacked, tensors, strict=False):
+                inputs[at] = tensor
+            with frozen(modules, [one for one in inputs if isinstance(one, torch.Tensor)]):
+                repeated_args, repeated_kwargs = tree_unflatten(inputs, structure)
+                repeated = tree_flatten(model(*repeated_args, **repeated_kwargs))[0]
+            return [repeated[at] for at in places]
+
+        inputs = [*(leaves[at] for at in attacked), *kept]
+        outputs = WithDoubleBackward.apply(again, len(places), *(values[at] for at in places), *inputs)
+        for at, output in zip(places, outputs, strict=True):
+            values[at] = output
+        return tree_unflatten(values, outline)
 
     def _compiled_for(self, inputs: list[torch.Tensor]) -> Any:
         """What is compiled for such a call.

@@ -124,6 +124,17 @@ def current_graph_task() -> int:
     return torch._C._current_graph_task_id()
 
 
+def is_transformed() -> bool:
+    """Whether a function is running inside of ``torch.func.grad``, ``vmap`` or another transform."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def is_batched(tensor: object) -> bool:
+    """Whether a tensor stands for many, as those inside of ``torch.vmap`` and ``is_grads_batched`` do."""
+    kinds = torch._C._functorch.is_batchedtensor, torch._C._functorch.is_legacy_batchedtensor
+    return isinstance(tensor, torch.Tensor) and any(is_kind(tensor) for is_kind in kinds)
+
+
 def at_end_of_backward(call: Callable[[], None]) -> None:
     """Have something called behind the running backward pass; what it raises, ``backward()`` raises."""
     torch.autograd.Variable._execution_engine.queue_callback(call)
