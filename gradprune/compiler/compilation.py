@@ -39,6 +39,7 @@ class Compilation:
         inner_compile: What turns an ATen graph into a callable.
         run_prologue: Whether to divide a step into a prologue and the rest. Not for a graph that never computes.
         capture: What Dynamo's graph says about itself.
+        prunes: Whether passes run; if not, no more is changed than that weight gradients are not returned.
         was_traced: Whether the passes were shown the ATen graph of the whole capture.
         parts: The divided step, if it was divided.
         written: Which of Dynamo's inputs the graph writes.
@@ -51,10 +52,11 @@ class Compilation:
     inner_compile: InnerCompile = compile_fx_inner
     run_prologue: bool = True
     capture: Capture = field(default_factory=lambda: Capture("model", []))
+    prunes: bool = True
     was_traced: bool = False
     parts: Split | None = None
     written: set[int] = field(default_factory=set)
-    unrepeatable: str = ""
+    unrepeatable: str = "it is not known what it changes"
     strides: dict[Any, tuple[Any, ...]] = field(default_factory=dict)
 
     @cached_property

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from gradprune.errors import CompileError, PassError
 from gradprune.graph.captured_graph import CapturedGraph
+from gradprune.graph.editing import copy_graph, restore_graph
 from gradprune.graph.step_graph import InputRole
 from gradprune.passes.pipeline import PassRecord, kept_operators, run_passes
 from gradprune.torch_compat import aot, dynamo, inductor, probe
@@ -81,21 +83,35 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], compilation: Com
     compilation.tell("classified", compilation.capture.form)
     is_checked = options.check != "never" and compilation.run_prologue
     captured = without_metadata(gm) if is_checked else None
-    _run_passes_before_autograd(gm, compilation)
-    pruning = PruningPass(compilation, inductor.inductor_config.joint_custom_pre_pass)
-    compiled = _compile_fx(
-        gm,
-        example_inputs,
-        functools.partial(_compile_part, compilation),
-        {**options.inductor_settings, "joint_custom_pre_pass": pruning},
-        keep=kept_operators(compilation.passes),
-    )
+    backup = copy_graph(gm.graph)
+    try:
+        _run_passes_before_autograd(gm, compilation)
+        compiled = _compile_pruned(gm, example_inputs, compilation)
+    except Exception as error:
+        if not dynamo.is_failure(error) or (isinstance(error, CompileError) and not isinstance(error, PassError)):
+            raise
+        compilation.fall_back(Fallback.PASSES, f"what the passes made of it did not compile: {error!r}", None, error)
+        compilation.prunes, compilation.parts = False, None
+        restore_graph(gm.graph, backup)
+        gm.recompile()
+        compiled = _compile_pruned(gm, example_inputs, compilation)
     if not compilation.was_traced and any(node.op not in ("placeholder", "output") for node in gm.graph.nodes):
         reason = "torch noted no descriptors ('desc') on the outputs of the graph, and its passes ran on none of it"
         compilation.fall_back(Fallback.CAPTURED, reason, None)
     elif captured is not None and compilation.was_traced:
         compiled = FirstCall(compiled, captured, compilation, time.perf_counter() - start)
     return with_calling_convention(compiled, compilation.capture)
+
+
+def _compile_pruned(gm: fx.GraphModule, example_inputs: Sequence[Any], compilation: Compilation) -> Callback:
+    pruning = PruningPass(compilation, inductor.inductor_config.joint_custom_pre_pass)
+    return _compile_fx(
+        gm,
+        example_inputs,
+        functools.partial(_compile_part, compilation),
+        {**compilation.options.inductor_settings, "joint_custom_pre_pass": pruning},
+        keep=kept_operators(compilation.passes),
+    )
 
 
 def _run_passes_before_autograd(gm: fx.GraphModule, compilation: Compilation) -> None:

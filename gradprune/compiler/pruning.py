@@ -42,13 +42,18 @@ class PruningPass(inductor.CustomGraphPass):
         if graph.output_node().meta.get("desc") is None:
             return  # the body of a loop, a branch or the like inside the graph
         compilation.was_traced = True
-        compilation.written, shared = written_inputs(graph)
-        compilation.unrepeatable = unrepeatable(graph) or shared
-        if not compilation.attempt(Fallback.PASSES, graph, lambda: self._prune(graph), "pruning failed"):
+        if compilation.prunes:
+            compilation.written, shared = written_inputs(graph)
+            compilation.unrepeatable = unrepeatable(graph) or shared
+            compilation.prunes = compilation.attempt(
+                Fallback.PASSES, graph, lambda: self._prune(graph), "pruning failed"
+            )
+        if not compilation.prunes:
             compilation.parts = None
             _drop_weight_gradients(graph, capture)
-        if capture.form == "model":
-            save_what_is_overwritten(graph)
+            if capture.form == "model":
+                failure = "what the model overwrites cannot be kept for its backward pass"
+                compilation.attempt(Fallback.PASSES, graph, lambda: save_what_is_overwritten(graph), failure)
 
     def _prune(self, graph: fx.Graph) -> None:
         """Run the passes, then divide a step at the values that they hoist."""
@@ -68,6 +73,8 @@ class PruningPass(inductor.CustomGraphPass):
             parts = split(step_graph if compilation.run_prologue else step_graph.copy(), hoisted)
             compilation.tell("split", parts)
             compilation.parts = parts if compilation.run_prologue else None
+        if compilation.capture.form == "model":
+            save_what_is_overwritten(graph)
 
     def uuid(self) -> bytes | None:
         """Identity of the passes for Inductor's cache: their source, the options, the roles of this graph."""

@@ -19,7 +19,7 @@ import torch._dynamo.config as dynamo_config
 from torch import fx
 from torch._C._dynamo.eval_frame import reset_code
 from torch._dynamo.callback import callback_handler
-from torch._dynamo.exc import RestartAnalysis, Unsupported
+from torch._dynamo.exc import BackendCompilerFailed, RestartAnalysis, TorchDynamoException, Unsupported
 from torch._dynamo.output_graph import graph_break_reasons  # type: ignore[attr-defined]
 from torch._dynamo.source import AttrSource, GradSource, is_from_unspecialized_nn_module_source
 from torch._dynamo.symbolic_convert import SpeculationLog
@@ -54,6 +54,11 @@ __all__ = [
     "source_name",
     "trace_artifact",
 ]
+
+
+def is_failure(error: Exception) -> bool:
+    """Whether an error that a compilation raised is one; Dynamo has others, by which it starts over or gives up."""
+    return isinstance(error, BackendCompilerFailed) or not isinstance(error, TorchDynamoException)
 
 
 def is_module_state(placeholder: fx.Node) -> bool:

@@ -139,6 +139,61 @@ def test_graph_that_cannot_be_classified(monkeypatch: pytest.MonkeyPatch, caplog
         gradprune.compile(backward_step(network()), strict=True)(*images())
 
 
+STAGES = {
+    "step": [
+        (lower, "_run_passes_before_autograd"),
+        (lower, "HoistedStep"),
+        (pruning, "written_inputs"),
+        (pruning, "unrepeatable"),
+        (pruning, "_strides_of_gradients"),
+        (pruning, "build_step_graph"),
+        (pruning, "mark_backward"),
+        (pruning, "run_passes"),
+        (pruning, "split"),
+    ],
+    "model": [
+        (lower, "_run_passes_before_autograd"),
+        (lower, "HoistedStep"),
+        (lower, "forward_of"),
+        (pruning, "written_inputs"),
+        (pruning, "unrepeatable"),
+        (pruning, "_strides_of_gradients"),
+        (pruning, "build_step_graph"),
+        (pruning, "run_passes"),
+        (pruning, "save_what_is_overwritten"),
+        (pruning, "split"),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("form", "module", "stage"), [(form, *stage) for form, stages in STAGES.items() for stage in stages]
+)
+def test_a_stage_that_fails(
+    form: str, module: Any, stage: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    """Whichever it is: the results are eager's, no weight receives a gradient, the reason is said."""
+
+    def fails(*about: Any, **settings: Any) -> Any:
+        raise KeyError("boom")
+
+    model, (x_adv, x, y) = network(), images()
+    expected = input_gradient(model, x, y) if form == "model" else backward_step(model)(x_adv, x, y)
+    model.zero_grad()
+    state = ModelState.of(model)
+    monkeypatch.setattr(module, stage, fails)
+    compiled = gradprune.compile(model if form == "model" else backward_step(model))
+    for _ in range(2):
+        result = input_gradient(compiled, x, y) if form == "model" else compiled(x_adv, x, y)
+        torch.testing.assert_close(result, expected)
+    state.assert_untouched(model)
+    (report,) = gradprune.reports(compiled)
+    assert "boom" in (report.fallback or "")
+    said = [record.getMessage() for record in caplog.records if record.name.startswith("gradprune")]
+    assert said
+    assert all("boom" in one for one in said)
+
+
 def step_report(**options: Any) -> tuple[Any, gradprune.Report]:
     compiled = gradprune.compile(backward_step(network()), **options)
     results = compiled(*images())
