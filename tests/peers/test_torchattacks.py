@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from peer_testing import CLASSES, EPS, STEPS, Peers
+import torch
+from peer_testing import CLASSES, EPS, STEPS, Peers, network
+
+import gradprune
 
 PGD = {"eps": EPS, "alpha": 0.03, "steps": STEPS}
 SMOOTHED = {"alpha": 0.03, "steps": STEPS, "noise_batch_size": 2, "batch_max": 6}
@@ -50,3 +53,16 @@ ATTACKS: dict[str, dict[str, Any]] = {
 def test_torchattacks(peers: Peers, name: str) -> None:
     torchattacks = pytest.importorskip("torchattacks")
     peers.check(lambda model, x, y: getattr(torchattacks, name)(model, **ATTACKS[name])(x, y))
+
+
+def test_lgv_that_trains_is_named() -> None:
+    """It trains the model it is given, which takes the gradients that an accelerated one does not compute."""
+    torchattacks = pytest.importorskip("torchattacks")
+    model = network()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    batches = [(torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 2, 3]))]
+    attack = torchattacks.LGV(gradprune.accelerate(model), batches, epochs=1, nb_models_epoch=1, verbose=False, eps=EPS)
+    with pytest.raises(gradprune.TrainingStepError, match="to train, use the model that was not compiled"):
+        attack(*batches[0])
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
