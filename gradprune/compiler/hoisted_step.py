@@ -37,6 +37,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
+from .devices import storages
 from .split import Split
 
 Callback = Callable[..., Any]
@@ -76,7 +77,7 @@ class HoistedStep:
                 self._refresh(weights)
             self._remember(weights)
         assert self._values is not None
-        given = _storages(inputs)
+        given = storages(inputs)
         outputs = self._step([*inputs, *self._values])
         if not self._returns_iterates:
             outputs = list(outputs)
@@ -107,7 +108,7 @@ class HoistedStep:
         attack, self._attack = self._attack, _attack.get()
         if attack is not None and attack is self._attack:
             return True
-        return not _storages(inputs).isdisjoint(reference.cdata for reference in self._outputs)
+        return not storages(inputs).isdisjoint(reference.cdata for reference in self._outputs)
 
     def _are_unchanged(self, weights: Sequence[torch.Tensor]) -> bool:
         if self._weights is None or self._copies is None or self._optimizer_steps != _optimizer_steps:
@@ -161,11 +162,6 @@ class HoistedStep:
                 for weight in weights
             ]
             self._optimizer_steps = _optimizer_steps
-
-
-def _storages(values: Iterable[Any]) -> set[int]:
-    """Where the tensors among ``values`` have their memory."""
-    return {value.untyped_storage()._cdata for value in values if isinstance(value, torch.Tensor)}
 
 
 def _are_equal(tensors: Iterable[torch.Tensor], copies: Iterable[torch.Tensor | None]) -> bool:
