@@ -15,6 +15,44 @@ def storages(values: Sequence[Any]) -> set[int]:
     return {tensor.untyped_storage()._cdata for tensor in tensors}
 
 
+def on_gpu(tensor: Tensor) -> bool:
+    """Whether what is done with a tensor is done later than it is called."""
+    return not tensor.is_cpu
+
+
+class Later:
+    """The outcome of a comparison that a GPU makes when it comes to it.
+
+    Args:
+        differs: Zero if what was compared is equal, on the GPU.
+    """
+
+    def __init__(self, differs: Tensor) -> None:
+        self._differs = differs.to("cpu", non_blocking=True)  # into pinned memory
+        self._event = torch.cuda.current_stream(differs.device).record_event() if differs.is_cuda else None
+
+    def are_equal(self) -> bool:
+        """Wait for the outcome, and for nothing that was begun after the comparison."""
+        if self._event is not None:
+            self._event.synchronize()
+        return not self._differs
+
+
+def compare(tensors: Sequence[Tensor], copies: Sequence[Tensor]) -> Later:
+    """Begin to compare tensors on GPUs with copies of them."""
+    differences: list[Tensor] = []
+    floats = [pair for pair in zip(tensors, copies, strict=True) if pair[0].is_floating_point()]
+    with torch.no_grad():
+        if floats:
+            ours, theirs = map(list, zip(*floats, strict=True))
+            differences += torch._foreach_norm(torch._foreach_sub(ours, theirs), float("inf"))
+        for tensor, copy in zip(tensors, copies, strict=True):
+            if not tensor.is_floating_point():
+                differences.append((tensor != copy).any())
+        # NaN, which is equal to nothing, is not zero either.
+        return Later(torch.stack([one.to(tensors[0].device) for one in differences]).any())
+
+
 def out_of_cuda_graphs(compiled: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
     """Have a function whose outputs lie in the memory of a CUDA graph return copies of them.
 

@@ -207,7 +207,13 @@ def _compile_divided(
         step = _told(compilation)(gm, [*kept, *parts.values], **kwargs)
     is_step = compilation.capture.form == "step"
     step = _keep_outputs(compilation, step, kwargs)
-    return HoistedStep(parts, step, always_refresh=compilation.options.always_refresh, returns_iterates=is_step)
+    return HoistedStep(
+        parts,
+        step,
+        always_refresh=compilation.options.always_refresh,
+        returns_iterates=is_step,
+        may_repeat=not (compilation.written or compilation.unrepeatable),
+    )
 
 
 def _keep_outputs(compilation: Compilation, compiled: Callback, kwargs: Mapping[str, Any]) -> Callback:
