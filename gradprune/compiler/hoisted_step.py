@@ -12,8 +12,15 @@ calls, and so may a compiled model. The prologue's values are used again if all 
 - every buffer equals the copy that was made of it, for batch norm in training mode does not advance the counter of the
   statistics that it writes.
 
-They are also used again if every weight equals the copy that was made of it. Parameters are copied on a CPU only, where
-comparing takes a fraction of the prologue's time. Otherwise the prologue runs again.
+They are also used again if every weight equals the copy that was made of it. On a CPU all are copied at once, for
+comparing takes a fraction of the prologue's time. On a GPU parameters are copied when the prologue runs a second time
+for weights that no counter says have changed: memory is scarcer there, and in training the copies would never be equal.
+Otherwise the prologue runs again.
+
+A GPU compares when it has done all that it was told before. Where counters and addresses say that nothing has changed,
+the step is begun before the outcome is known, so that the GPU has something to do; should a weight have changed all the
+same, prologue and step run again, and nobody sees what the first run returned. A step that must not run twice, because
+it writes an input or is random, begins when the outcome is known.
 
 A model returns no iterates, so outside of ``one_attack`` its weights are compared at every forward pass. Its backward
 pass reads the values of its own forward pass, which autograd keeps as it keeps activations.
@@ -25,9 +32,8 @@ or sets the option ``always_refresh``, under which no call continues anything.
 
 from __future__ import annotations
 
-import itertools
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -37,6 +43,8 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
+from . import devices
+from .devices import Later, storages
 from .split import Split
 
 Callback = Callable[..., Any]
@@ -47,7 +55,15 @@ class HoistedStep:
 
     _boxed_call = True
 
-    def __init__(self, parts: Split, step: Callback, *, always_refresh: bool, returns_iterates: bool = True) -> None:
+    def __init__(
+        self,
+        parts: Split,
+        step: Callback,
+        *,
+        always_refresh: bool,
+        returns_iterates: bool = True,
+        may_repeat: bool = False,
+    ) -> None:
         self._prologue = parts.prologue
         self._prologue_inputs = parts.prologue_inputs
         self._step = step
@@ -55,6 +71,7 @@ class HoistedStep:
         self._saved = parts.saved
         self._returns_iterates = returns_iterates
         self._always_refresh = always_refresh
+        self._may_repeat = may_repeat
         self._expected = parts.values
         self._values: list[torch.Tensor] | None = None
         # Not weak references, in whose presence torch refuses to swap tensors.
@@ -71,13 +88,20 @@ class HoistedStep:
         weights = [args[index] for index in self._prologue_inputs]
         inputs = [args[index] for index in self._step_inputs]
         args.clear()
-        if not (self._continues_attack(inputs) and self._are_unchanged(weights)):
-            if not self._equal_copies(weights):
-                self._refresh(weights)
-            self._remember(weights)
+        valid = self._continues_attack(inputs) and self._are_unchanged(weights)
+        if not valid:
+            valid = self._equal_copies(weights)
+            if isinstance(valid, bool):
+                self._renew(weights, valid)
+        if isinstance(valid, Later) and not (self._may_repeat and self._look_unchanged(weights)):
+            self._renew(weights, valid.are_equal())
+            valid = True
         assert self._values is not None
-        given = _storages(inputs)
+        given = storages(inputs)
         outputs = self._step([*inputs, *self._values])
+        if isinstance(valid, Later) and not valid.are_equal():
+            self._renew(weights)
+            outputs = self._step([*inputs, *self._values])
         if not self._returns_iterates:
             outputs = list(outputs)
             for position, value in self._saved:
@@ -107,30 +131,50 @@ class HoistedStep:
         attack, self._attack = self._attack, _attack.get()
         if attack is not None and attack is self._attack:
             return True
-        return not _storages(inputs).isdisjoint(reference.cdata for reference in self._outputs)
+        return not storages(inputs).isdisjoint(reference.cdata for reference in self._outputs)
 
-    def _are_unchanged(self, weights: Sequence[torch.Tensor]) -> bool:
-        if self._weights is None or self._copies is None or self._optimizer_steps != _optimizer_steps:
+    def _look_unchanged(self, weights: Sequence[torch.Tensor]) -> bool:
+        """Whether all that torch counts says that the weights are as they were."""
+        if self._weights is None or self._optimizer_steps != _optimizer_steps:
             return False
-        for weight, (before, storage, address, version) in zip(weights, self._weights, strict=True):
-            if before is not weight or storage.cdata != weight.untyped_storage()._cdata:
-                return False
-            if address != weight.data_ptr() or version != weight._version:
-                return False
-        is_buffer = [not isinstance(weight, nn.Parameter) for weight in weights]
-        return _are_equal(itertools.compress(weights, is_buffer), itertools.compress(self._copies, is_buffer))
+        return all(
+            before is weight
+            and storage.cdata == weight.untyped_storage()._cdata
+            and address == weight.data_ptr()
+            and version == weight._version
+            for weight, (before, storage, address, version) in zip(weights, self._weights, strict=True)
+        )
 
-    def _equal_copies(self, weights: Sequence[torch.Tensor]) -> bool:
+    def _are_unchanged(self, weights: Sequence[torch.Tensor]) -> bool | Later:
+        if self._copies is None or not self._look_unchanged(weights):
+            return False
+        return _are_equal(
+            [
+                (weight, copy)
+                for weight, copy in zip(weights, self._copies, strict=True)
+                if not isinstance(weight, nn.Parameter)
+            ]
+        )
+
+    def _equal_copies(self, weights: Sequence[torch.Tensor]) -> bool | Later:
         copies = self._copies
-        return copies is not None and all(copy is not None for copy in copies) and _are_equal(weights, copies)
+        if copies is None or any(copy is None for copy in copies):
+            return False
+        return _are_equal(list(zip(weights, copies, strict=True)))
+
+    def _renew(self, weights: Sequence[torch.Tensor], are_equal: bool = False) -> None:
+        """Have the values be those of these weights."""
+        if not are_equal:
+            self._refresh(weights)
+        self._remember(weights)
 
     def _refresh(self, weights: Sequence[torch.Tensor]) -> None:
+        on_cpu = not any(map(devices.on_gpu, weights))
+        with_parameters = on_cpu or self._look_unchanged(weights)
         self._weights = None  # should the prologue fail, nothing of it is used
-        on_cpu = all(weight.is_cpu for weight in weights)
         # What a forward pass saved stays as it is.
         static = self._values is not None and not on_cpu and not self._saved
-        # Not valid until they are those of these weights. Written to again, for in training all of this runs once per
-        # update, and memory that is new to the process costs several times what copying does.
+        # Not valid until they are those of these weights.
         kept, self._copies = self._copies, None
         if not static:
             self._values = None  # so that new values may take the memory of the old ones
@@ -142,15 +186,10 @@ class HoistedStep:
                 torch._foreach_copy_(self._values, fresh)
             else:
                 self._values = fresh
-            if kept is None:
-                kept = [
-                    weight.clone() if on_cpu or not isinstance(weight, nn.Parameter) else None for weight in weights
-                ]
-            else:
-                for copy, weight in zip(kept, weights, strict=True):
-                    if copy is not None:
-                        copy.copy_(weight)
-            self._copies = kept
+            self._copies = [
+                _copied(weight, copy) if with_parameters or not isinstance(weight, nn.Parameter) else None
+                for weight, copy in zip(weights, kept or [None] * len(weights), strict=True)
+            ]
         self.refreshes += 1
 
     def _remember(self, weights: Sequence[torch.Tensor]) -> None:
@@ -163,27 +202,24 @@ class HoistedStep:
             self._optimizer_steps = _optimizer_steps
 
 
-def _storages(values: Iterable[Any]) -> set[int]:
-    """Where the tensors among ``values`` have their memory."""
-    return {value.untyped_storage()._cdata for value in values if isinstance(value, torch.Tensor)}
-
-
-def _are_equal(tensors: Iterable[torch.Tensor], copies: Iterable[torch.Tensor | None]) -> bool:
+def _are_equal(pairs: Sequence[tuple[torch.Tensor, torch.Tensor | None]]) -> bool | Later:
     """Whether tensors hold what they held when they were copied."""
-    on_gpu: list[torch.Tensor] = []
-    for tensor, copy in zip(tensors, copies, strict=True):
+    on_gpu: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for tensor, copy in pairs:
         assert copy is not None
-        if tensor.is_cpu or not tensor.is_floating_point():
-            if not torch.equal(tensor, copy):
-                return False
-        else:
-            on_gpu += tensor, copy
-    if not on_gpu:
-        return True
-    # One wait for the device instead of one for each tensor.
-    with torch.no_grad():
-        differences = torch._foreach_norm(torch._foreach_sub(on_gpu[::2], on_gpu[1::2]), float("inf"))
-        return not bool(torch.stack(differences).any())
+        if devices.on_gpu(tensor):
+            on_gpu.append((tensor, copy))
+        elif not torch.equal(tensor, copy):
+            return False
+    return devices.compare(*zip(*on_gpu, strict=True)) if on_gpu else True
+
+
+def _copied(weight: torch.Tensor, copy: torch.Tensor | None) -> torch.Tensor:
+    """A copy of ``weight``, in the memory of the last one: memory that is new to the process costs several times more.
+
+    In training all of this runs once per update.
+    """
+    return weight.clone() if copy is None else copy.copy_(weight)
 
 
 def _in_layout(value: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:

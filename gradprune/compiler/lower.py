@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -20,6 +20,7 @@ from gradprune.torch_compat import aot, dynamo, inductor, probe
 
 from .capture import capture
 from .compilation import Callback, Compilation, InnerCompile
+from .devices import out_of_cuda_graphs
 from .events import Fallback, Listener
 from .first_call import FirstCall, without_metadata
 from .hoisted_step import HoistedStep
@@ -191,7 +192,7 @@ def _compile_part(compilation: Compilation, gm: fx.GraphModule, inputs: Sequence
         with inductor.inductor_config.patch({**_layout_settings(gm.graph), **options.inductor_settings}):
             if parts is None:
                 compiled = inner_compile(gm, inputs, **kwargs)
-                return compiled
+                return _keep_outputs(compilation, compiled, kwargs)
             return _compile_divided(compilation, parts, gm, inputs, **kwargs)
     if kwargs.get("is_backward"):
         known = compilation.strides
@@ -221,7 +222,21 @@ def _compile_divided(
     with _without_layout_asserts():
         step = _told(compilation)(gm, [*kept, *parts.values], **kwargs)
     is_step = compilation.capture.form == "step"
-    return HoistedStep(parts, step, always_refresh=compilation.options.always_refresh, returns_iterates=is_step)
+    step = _keep_outputs(compilation, step, kwargs)
+    return HoistedStep(
+        parts,
+        step,
+        always_refresh=compilation.options.always_refresh,
+        returns_iterates=is_step,
+        may_repeat=not (compilation.written or compilation.unrepeatable),
+    )
+
+
+def _keep_outputs(compilation: Compilation, compiled: Callback, kwargs: Mapping[str, Any]) -> Callback:
+    """Have a step return what the next call does not free; what a model returns is as with torch's default backend."""
+    # Torch notes in it whether the graph that it has just compiled is run as a CUDA graph.
+    is_recorded = bool(kwargs.get("cudagraphs"))
+    return out_of_cuda_graphs(compiled) if is_recorded and compilation.capture.form == "step" else compiled
 
 
 def _without_layout_asserts() -> AbstractContextManager[object]:

@@ -1,0 +1,256 @@
+"""What is done on a GPU only, on a CPU that is taken for one; no test here knows what CUDA itself does."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import interpret, interpreted, relative_error, step_by_autograd_grad
+from test_freshness import NOTICED, UNSEEN, Network, Subject, When, check, refreshes, restore
+from test_freshness import images as larger_images
+from tiny import images, network
+from torch import Tensor, fx
+
+import gradprune.backend
+from gradprune.compiler import devices
+from gradprune.compiler.devices import Later, out_of_cuda_graphs
+from gradprune.compiler.hoisted_step import HoistedStep, _steps
+
+PACKING = ("prepack-convolutions", "prepack-linears", "winograd-convolutions")
+"""Passes that run on a CPU only."""
+
+
+@pytest.fixture(autouse=True)
+def independent(request: pytest.FixtureRequest) -> Iterator[None]:
+    torch.manual_seed(0)
+    yield
+    if "compiled" not in request.fixturenames:
+        torch._dynamo.reset()
+
+
+@pytest.fixture
+def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "on_gpu", lambda tensor: True)
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What happens in which order: comparisons begin, steps begin, and their outcome is waited for."""
+    events: list[str] = []
+    begin, wait, call = Later.__init__, Later.are_equal, HoistedStep.__call__
+
+    def began(later: Later, differs: Tensor) -> None:
+        events.append("compare")
+        begin(later, differs)
+
+    def waited(later: Later) -> bool:
+        events.append("wait")
+        return wait(later)
+
+    def called(step: HoistedStep, args: list[Any]) -> Any:
+        if not hasattr(step._step, "is_told"):
+            run = step._step
+
+            def told(args: list[Any]) -> Any:
+                events.append("step")
+                return run(args)
+
+            told.is_told = True  # type: ignore[attr-defined]
+            step._step = told
+        return call(step, args)
+
+    monkeypatch.setattr(Later, "__init__", began)
+    monkeypatch.setattr(Later, "are_equal", waited)
+    monkeypatch.setattr(HoistedStep, "__call__", called)
+    return events
+
+
+# --- CUDA graphs ------------------------------------------------------------------------------------------------------
+
+
+class Recorded:
+    """A graph whose outputs are in the same memory at every call, which is overwritten before inputs are read."""
+
+    def __init__(self, gm: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> None:
+        self.run = interpret(gm, inputs, **kwargs)
+        self.memory: list[Any] = []
+
+    def __call__(self, args: list[Any]) -> Any:
+        for value in self.memory:
+            if isinstance(value, Tensor) and value.is_floating_point():
+                value.fill_(torch.nan)
+        outputs = self.run(args)
+        self.memory = [output for output in outputs if isinstance(output, Tensor)]
+        return outputs
+
+    _boxed_call = True
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_graph = functools.partial(gradprune.backend.compile_graph, inner_compile=Recorded)
+    monkeypatch.setattr(gradprune.backend, "compile_graph", compile_graph)
+
+
+@pytest.mark.usefixtures("recorded")
+@pytest.mark.parametrize("disable", [(), ("hoist-invariants",)], ids=["divided", "whole"])
+def test_outputs_of_a_step_outlive_the_next_call(disable: tuple[str, ...]):
+    model = network()
+    eager = step_by_autograd_grad(model, F.cross_entropy)
+    options = {"mode": "reduce-overhead", "disable": disable, "strict": True}
+    step = torch.compile(step_by_autograd_grad(model, F.cross_entropy), backend="gradprune", options=options)
+    x_adv, x, y = images()
+    for _ in range(3):
+        expected = eager(x_adv, x, y)
+        x_adv, gradient = step(x_adv, x, y)
+        assert relative_error(gradient, expected[1]) < 1e-4
+        assert relative_error(x_adv, expected[0]) < 1e-4
+
+
+def test_copies_share_what_outputs_share():
+    memory, given = torch.rand(4, 4), torch.rand(2)
+    call = out_of_cuda_graphs(lambda args: [memory, memory.t()[1:], None, given, 3])
+    whole, part, nothing, same, number = call([given])
+    assert (nothing, number) == (None, 3)
+    assert same is given
+    assert torch.equal(whole, memory)
+    assert torch.equal(part, memory.t()[1:])
+    memory.zero_()
+    assert whole.all()
+    whole.zero_()
+    assert not part.any()
+
+
+def test_nothing_is_copied_without_cuda_graphs(monkeypatch: pytest.MonkeyPatch):
+    """Torch says so on a CPU, whatever the mode."""
+    monkeypatch.setattr("gradprune.compiler.lower.out_of_cuda_graphs", pytest.fail)
+    step = torch.compile(
+        step_by_autograd_grad(network(), F.cross_entropy), backend="gradprune", options={"mode": "reduce-overhead"}
+    )
+    step(*images())
+
+
+# --- Freshness --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def compiled_once() -> Iterator[Subject]:
+    with interpreted():
+        subject = Subject(Network(), disable=PACKING)
+        subject.step(*larger_images())
+        yield subject
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def compiled(compiled_once: Subject, on_gpu: None) -> Iterator[Subject]:
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        yield compiled_once
+    restore(compiled_once.model)
+
+
+@pytest.mark.parametrize("when", ["within an attack", "between attacks"])
+@pytest.mark.parametrize("route", NOTICED)
+def test_change_is_noticed(compiled: Subject, route: str, when: When):
+    check(compiled, NOTICED[route], when)
+
+
+@pytest.mark.parametrize("route", UNSEEN)
+def test_unseen_change_between_attacks(compiled: Subject, route: str):
+    check(compiled, UNSEEN[route], "between attacks")
+
+
+def gradient_only(model: torch.nn.Module) -> Any:
+    step = step_by_autograd_grad(model, F.cross_entropy)
+    return lambda x_adv, x, y: (x_adv, step(x_adv, x, y)[1])
+
+
+@pytest.fixture
+def gradients(on_gpu: None) -> Iterator[Subject]:
+    """A step that returns no iterate, so that weights are compared at every call."""
+    with interpreted():
+        yield Subject(Network(), gradient_only, disable=PACKING, check="never")
+
+
+def test_parameters_are_copied_when_their_values_are_needed_again(gradients: Subject):
+    before = refreshes()
+    for expected in (1, 2, 2, 2):
+        gradients(*larger_images())
+        assert refreshes() - before == expected
+
+
+def test_parameters_that_change_are_not_copied(gradients: Subject):
+    before, known = refreshes(), set(_steps)
+    gradients(*larger_images())
+    (step,) = set(_steps) - known
+    for _ in range(3):
+        NOTICED["SGD foreach"](gradients.model)
+        gradients(*larger_images())
+    assert refreshes() - before == 4
+    assert step._copies is not None
+    assert sum(copy is not None for copy in step._copies) == 2  # the statistics of batch norm
+
+
+def test_step_begins_before_the_outcome_is_known(gradients: Subject, waits: list[str]):
+    for _ in range(3):
+        gradients(*larger_images())
+    waits.clear()
+    gradients(*larger_images())
+    assert waits == ["compare", "step", "wait"]
+
+
+@pytest.mark.parametrize("route", ["data", "numpy", "update of data"])
+def test_step_begins_again_if_a_weight_has_changed(gradients: Subject, waits: list[str], route: str):
+    for _ in range(3):
+        gradients(*larger_images())
+    UNSEEN[route](gradients.model)
+    waits.clear()
+    gradients(*larger_images())
+    assert waits == ["compare", "step", "wait", "step"]
+
+
+def test_one_wait_within_an_attack(compiled: Subject, waits: list[str]):
+    x_adv, x, y = larger_images()
+    x_adv, _ = compiled(x_adv, x, y)
+    waits.clear()
+    compiled.reuses(x_adv, x, y)
+    assert waits == ["compare", "step", "wait"]
+    waits.clear()
+    NOTICED["forward pass in training mode"](compiled.model)
+    compiled(x_adv, x, y)
+
+
+def test_what_must_not_run_twice_waits_first(on_gpu: None, waits: list[str]):
+    model, total = network(), torch.zeros(())
+
+    def step(x: Tensor, y: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        total.add_(1)
+        return torch.autograd.grad(F.cross_entropy(model(x), y), x)[0]
+
+    with interpreted():
+        compiled = torch.compile(step, backend="gradprune", options={"disable": PACKING, "check": "never"})
+        _, x, y = images()
+        for _ in range(3):
+            compiled(x, y)
+        waits.clear()
+        model[0].weight.data.mul_(2)
+        actual = compiled(x, y)
+    assert waits == ["compare", "wait", "step"]
+    assert total == 4
+    assert relative_error(actual, step(x, y)) < 1e-4
+
+
+def test_comparison_of_all_types():
+    ours = [torch.rand(3), torch.rand(3).half(), torch.rand(2).double(), torch.arange(3), torch.tensor([True])]
+    copies = [one.clone() for one in ours]
+    assert devices.compare(ours, copies).are_equal()
+    for position, value in enumerate([torch.nan, 2, 1e-300, 7, False]):
+        changed = list(copies)
+        changed[position] = copies[position].clone()
+        changed[position][0] = value if value != 1e-300 else copies[position][0] * (1 + 1e-15)
+        assert not devices.compare(ours, changed).are_equal()
