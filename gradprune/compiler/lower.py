@@ -96,6 +96,11 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], compilation: Com
         restore_graph(gm.graph, backup)
         gm.recompile()
         compiled = _compile_pruned(gm, example_inputs, compilation)
+    finally:
+        for (
+            node
+        ) in backup.nodes:  # in its nodes' cycles it would hold weak references to weights, which bar swap_tensors
+            node.meta.clear()
     if not compilation.was_traced and any(node.op not in ("placeholder", "output") for node in gm.graph.nodes):
         reason = "torch noted no descriptors ('desc') on the outputs of the graph, and its passes ran on none of it"
         compilation.fall_back(Fallback.CAPTURED, reason, None)
