@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,10 +16,11 @@ from test_freshness import images as larger_images
 from tiny import images, network
 from torch import Tensor, fx
 
-import gradprune.backend
+import gradprune
 from gradprune.compiler import devices
 from gradprune.compiler.devices import Later, out_of_cuda_graphs
 from gradprune.compiler.hoisted_step import HoistedStep, _steps
+from gradprune.torch_compat.inductor import inductor_config
 
 PACKING = ("prepack-convolutions", "prepack-linears", "winograd-convolutions")
 """Passes that run on a CPU only."""
@@ -254,3 +256,73 @@ def test_comparison_of_all_types():
         changed[position] = copies[position].clone()
         changed[position][0] = value if value != 1e-300 else copies[position][0] * (1 + 1e-15)
         assert not devices.compare(ours, changed).are_equal()
+
+
+# --- The prologue -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("on_gpu")
+@pytest.mark.parametrize("compile", [True, False])
+def test_values_are_written_to_the_memory_of_the_last_ones(compile: bool):
+    known = set(_steps)
+    with contextlib.nullcontext() if compile else interpreted():
+        subject = Subject(Network(), gradient_only, disable=PACKING)
+        subject(*larger_images())
+    (step,) = set(_steps) - known
+    assert step._values
+    addresses = [value.data_ptr() for value in step._values]
+    NOTICED["SGD foreach"](subject.model)
+    subject(*larger_images())
+    assert [value.data_ptr() for value in step._values] == addresses
+
+
+@pytest.mark.usefixtures("on_gpu")
+def test_values_that_a_forward_pass_saved_are_not_overwritten():
+    model = network()
+    compiled = torch.compile(model, backend="gradprune", options={"disable": PACKING, "strict": True})
+    _, x, y = images()
+    x.requires_grad_()
+    F.cross_entropy(model(x), y).backward()
+    expected, x.grad = x.grad, None
+    loss = F.cross_entropy(compiled(x), y)
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+        compiled(x)
+    loss.backward()
+    assert expected is not None
+    assert x.grad is not None
+    assert relative_error(x.grad, expected) < 1e-4
+
+
+@pytest.mark.usefixtures("on_gpu")
+def test_prologue_that_cannot_be_compiled_is_interpreted(monkeypatch: pytest.MonkeyPatch):
+    def inner_compile(gm: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
+        if gm.graph.find_nodes(op="placeholder")[-1].name.startswith("value_"):
+            raise RuntimeError("no kernel")
+        return interpret(gm, inputs, **kwargs)
+
+    compile_graph = functools.partial(gradprune.backend.compile_graph, inner_compile=inner_compile)
+    monkeypatch.setattr(gradprune.backend, "compile_graph", compile_graph)
+    subject = Subject(Network(), disable=PACKING, strict=False)
+    subject(*larger_images())
+    (report,) = gradprune.reports(subject.step)
+    assert report.fallback_kind == "prologue not compiled"
+    assert "no kernel" in str(report.fallback)
+
+
+@pytest.mark.usefixtures("on_gpu")
+def test_layout_is_asserted_where_nothing_is_packed(monkeypatch: pytest.MonkeyPatch):
+    seen: list[bool] = []
+
+    def inner_compile(gm: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
+        seen.append(inductor_config.size_asserts and inductor_config.alignment_asserts)
+        return interpret(gm, inputs, **kwargs)
+
+    compile_graph = functools.partial(gradprune.backend.compile_graph, inner_compile=inner_compile)
+    monkeypatch.setattr(gradprune.backend, "compile_graph", compile_graph)
+    Subject(Network(), disable=PACKING)(*larger_images())
+    assert seen == [True, True]  # the prologue and the step
+    torch._dynamo.reset()
+    monkeypatch.setattr(devices, "on_gpu", lambda tensor: False)
+    Subject(Network())(*larger_images())
+    assert seen == [True, True, False]
