@@ -53,6 +53,59 @@ def compare(tensors: Sequence[Tensor], copies: Sequence[Tensor]) -> Later:
         return Later(torch.stack([one.to(tensors[0].device) for one in differences]).any())
 
 
+class StreamOrder:
+    """Has the streams of one GPU wait for each other, where one makes what another uses.
+
+    Args:
+        device: The GPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._maker: torch.cuda.Stream | None = None
+        self._made: torch.cuda.Event | None = None
+        self._users: list[torch.cuda.Stream] = []
+
+    def before_making(self) -> None:
+        """Have the current stream wait until nobody uses what it is about to overwrite or to free."""
+        current = torch.cuda.current_stream(self._device)
+        for stream in (self._maker, *self._users):
+            if stream is not None and stream != current:
+                current.wait_stream(stream)
+        self._maker, self._users = None, []
+
+    def made(self) -> None:
+        """Note that the current stream has been told to make all there is."""
+        self._maker = torch.cuda.current_stream(self._device)
+        self._made = self._maker.record_event()
+
+    def before_use(self, tensors: Sequence[Tensor]) -> None:
+        """Have the current stream wait until what it is about to use is made."""
+        current = torch.cuda.current_stream(self._device)
+        if self._maker is None or self._made is None or current in (self._maker, *self._users):
+            return
+        if torch.cuda.is_current_stream_capturing():
+            return  # what a recording waits for must be in it, and torch has waited for all else
+        current.wait_event(self._made)
+        for tensor in tensors:
+            if tensor.device == self._device:
+                tensor.record_stream(current)  # should it be freed, its memory is not used again before that
+        self._users.append(current)
+
+
+def stream_orders(values: Sequence[Tensor]) -> list[StreamOrder]:
+    """One for each GPU that there are values on."""
+    return [StreamOrder(device) for device in dict.fromkeys(value.device for value in values) if device.type == "cuda"]
+
+
+def computes_in_bfloat16(device: torch.device) -> bool:
+    """Whether a device has instructions for bfloat16, and does not take a detour through float32."""
+    if device.type != "cuda":
+        return True
+    with torch.cuda.device(device):
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+
+
 def out_of_cuda_graphs(compiled: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
     """Have a function whose outputs lie in the memory of a CUDA graph return copies of them.
 

@@ -79,6 +79,7 @@ class HoistedStep:
         self._weights: list[tuple[torch.Tensor, StorageWeakRef, int, int]] | None = None
         self._optimizer_steps = -1
         self._copies: list[torch.Tensor | None] | None = None
+        self._stream_orders = devices.stream_orders(parts.values)
         self._outputs: list[StorageWeakRef] = []
         self._attack: object | None = None
         self.refreshes = 0
@@ -89,6 +90,8 @@ class HoistedStep:
         weights = [args[index] for index in self._prologue_inputs]
         inputs = [args[index] for index in self._step_inputs]
         args.clear()
+        for order in self._stream_orders:
+            order.before_use([*(self._values or ()), *(copy for copy in self._copies or () if copy is not None)])
         valid = self._continues_attack(inputs) and self._are_unchanged(weights)
         if not valid:
             valid = self._equal_copies(weights)
@@ -173,6 +176,8 @@ class HoistedStep:
         on_cpu = not any(map(devices.on_gpu, weights))
         with_parameters = on_cpu or self._look_unchanged(weights)
         self._weights = None  # should the prologue fail, nothing of it is used
+        for order in self._stream_orders:
+            order.before_making()
         # Not valid until they are those of these weights.
         kept, self._copies = self._copies, None
         if not self._prologue.in_place:
@@ -184,6 +189,8 @@ class HoistedStep:
                 _copied(weight, copy) if with_parameters or not isinstance(weight, nn.Parameter) else None
                 for weight, copy in zip(weights, kept or [None] * len(weights), strict=True)
             ]
+        for order in self._stream_orders:
+            order.made()
         self.refreshes += 1
 
     def _remember(self, weights: Sequence[torch.Tensor]) -> None:
