@@ -28,7 +28,7 @@ class Later:
     """
 
     def __init__(self, differs: Tensor) -> None:
-        self._differs = differs.to("cpu", non_blocking=True)  # into pinned memory
+        self._differs = differs.to("cpu", non_blocking=differs.is_cuda)  # into pinned memory
         self._event = torch.cuda.current_stream(differs.device).record_event() if differs.is_cuda else None
 
     def are_equal(self) -> bool:
@@ -40,17 +40,24 @@ class Later:
 
 def compare(tensors: Sequence[Tensor], copies: Sequence[Tensor]) -> Later:
     """Begin to compare tensors on GPUs with copies of them."""
+    pairs = list(zip(tensors, copies, strict=True))
+    floats = [pair for pair in pairs if _has_arithmetic(pair[0])]
     differences: list[Tensor] = []
-    floats = [pair for pair in zip(tensors, copies, strict=True) if pair[0].is_floating_point()]
     with torch.no_grad():
         if floats:
             ours, theirs = map(list, zip(*floats, strict=True))
             differences += torch._foreach_norm(torch._foreach_sub(ours, theirs), float("inf"))
-        for tensor, copy in zip(tensors, copies, strict=True):
-            if not tensor.is_floating_point():
-                differences.append((tensor != copy).any())
+        for tensor, copy in pairs:
+            if not _has_arithmetic(tensor):
+                as_bytes = tensor.is_floating_point()
+                one, other = (value.view(torch.uint8) if as_bytes else value for value in (tensor, copy))
+                differences.append((one != other).any())
         # NaN, which is equal to nothing, is not zero either.
         return Later(torch.stack([one.to(tensors[0].device) for one in differences]).any())
+
+
+def _has_arithmetic(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.dtype.itemsize > 1
 
 
 class StreamOrder:

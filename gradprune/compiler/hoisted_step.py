@@ -208,7 +208,7 @@ def _are_equal(pairs: Sequence[tuple[torch.Tensor, torch.Tensor | None]]) -> boo
     on_gpu: list[tuple[torch.Tensor, torch.Tensor]] = []
     for tensor, copy in pairs:
         assert copy is not None
-        if devices.on_gpu(tensor):
+        if devices.on_gpu(tensor) and tensor.numel():
             on_gpu.append((tensor, copy))
         elif not torch.equal(tensor, copy):
             return False

@@ -258,6 +258,9 @@ def test_comparison_of_all_types():
         changed[position] = copies[position].clone()
         changed[position][0] = value if value != 1e-300 else copies[position][0] * (1 + 1e-15)
         assert not devices.compare(ours, changed).are_equal()
+    eighth = [torch.ones(2).to(torch.float8_e4m3fn), torch.tensor([1.0, 2.0]).to(torch.float8_e4m3fn)]
+    assert devices.compare(eighth, eighth).are_equal()
+    assert not devices.compare(eighth, eighth[::-1]).are_equal()
 
 
 # --- The prologue -----------------------------------------------------------------------------------------------------
