@@ -22,6 +22,8 @@ class Fallback(enum.Enum):
 
     FOLDING = "folding failed"
     """Batch norm is not folded; the other passes ran."""
+    PROLOGUE = "prologue not compiled"
+    """What runs once per attack runs operator by operator; the rest is compiled."""
     PASSES = "passes failed, compiled as captured"
     """The graph is compiled as it was traced, but for the weight gradients that nothing reads."""
     CHECK = "computed wrongly, runs eagerly"

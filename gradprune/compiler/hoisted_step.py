@@ -45,6 +45,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from . import devices
 from .devices import Later, storages
+from .prologue import Prologue
 from .split import Split
 
 Callback = Callable[..., Any]
@@ -59,12 +60,13 @@ class HoistedStep:
         self,
         parts: Split,
         step: Callback,
+        prologue: Prologue,
         *,
         always_refresh: bool,
         returns_iterates: bool = True,
         may_repeat: bool = False,
     ) -> None:
-        self._prologue = parts.prologue
+        self._prologue = prologue
         self._prologue_inputs = parts.prologue_inputs
         self._step = step
         self._step_inputs = parts.step_inputs
@@ -72,12 +74,12 @@ class HoistedStep:
         self._returns_iterates = returns_iterates
         self._always_refresh = always_refresh
         self._may_repeat = may_repeat
-        self._expected = parts.values
         self._values: list[torch.Tensor] | None = None
         # Not weak references, in whose presence torch refuses to swap tensors.
         self._weights: list[tuple[torch.Tensor, StorageWeakRef, int, int]] | None = None
         self._optimizer_steps = -1
         self._copies: list[torch.Tensor | None] | None = None
+        self._stream_orders = devices.stream_orders(parts.values)
         self._outputs: list[StorageWeakRef] = []
         self._attack: object | None = None
         self.refreshes = 0
@@ -88,6 +90,8 @@ class HoistedStep:
         weights = [args[index] for index in self._prologue_inputs]
         inputs = [args[index] for index in self._step_inputs]
         args.clear()
+        for order in self._stream_orders:
+            order.before_use([*(self._values or ()), *(copy for copy in self._copies or () if copy is not None)])
         valid = self._continues_attack(inputs) and self._are_unchanged(weights)
         if not valid:
             valid = self._equal_copies(weights)
@@ -172,24 +176,21 @@ class HoistedStep:
         on_cpu = not any(map(devices.on_gpu, weights))
         with_parameters = on_cpu or self._look_unchanged(weights)
         self._weights = None  # should the prologue fail, nothing of it is used
-        # What a forward pass saved stays as it is.
-        static = self._values is not None and not on_cpu and not self._saved
+        for order in self._stream_orders:
+            order.before_making()
         # Not valid until they are those of these weights.
         kept, self._copies = self._copies, None
-        if not static:
+        if not self._prologue.in_place:
             self._values = None  # so that new values may take the memory of the old ones
         # Casts are explicit in the graph; what is computed here must not depend on where the step is called from.
         with torch.inference_mode(False), torch.no_grad(), torch._C._DisableAutocast():
-            fresh = [_in_layout(v, e) for v, e in zip(self._prologue(*weights), self._expected, strict=True)]
-            if static:  # a recorded CUDA graph reads the addresses it was recorded with
-                assert self._values is not None
-                torch._foreach_copy_(self._values, fresh)
-            else:
-                self._values = fresh
+            self._values = self._prologue(weights, self._values)
             self._copies = [
                 _copied(weight, copy) if with_parameters or not isinstance(weight, nn.Parameter) else None
                 for weight, copy in zip(weights, kept or [None] * len(weights), strict=True)
             ]
+        for order in self._stream_orders:
+            order.made()
         self.refreshes += 1
 
     def _remember(self, weights: Sequence[torch.Tensor]) -> None:
@@ -207,7 +208,7 @@ def _are_equal(pairs: Sequence[tuple[torch.Tensor, torch.Tensor | None]]) -> boo
     on_gpu: list[tuple[torch.Tensor, torch.Tensor]] = []
     for tensor, copy in pairs:
         assert copy is not None
-        if devices.on_gpu(tensor):
+        if devices.on_gpu(tensor) and tensor.numel():
             on_gpu.append((tensor, copy))
         elif not torch.equal(tensor, copy):
             return False
@@ -220,13 +221,6 @@ def _copied(weight: torch.Tensor, copy: torch.Tensor | None) -> torch.Tensor:
     In training all of this runs once per update.
     """
     return weight.clone() if copy is None else copy.copy_(weight)
-
-
-def _in_layout(value: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-    """``value`` in memory of its own, with the strides that the step was compiled for."""
-    if value.is_mkldnn or value.stride() == expected.stride():
-        return value
-    return torch.empty_strided(value.shape, expected.stride(), dtype=value.dtype, device=value.device).copy_(value)
 
 
 _attack: ContextVar[object | None] = ContextVar("attack", default=None)

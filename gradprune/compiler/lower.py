@@ -18,6 +18,7 @@ from gradprune.graph.step_graph import InputRole
 from gradprune.passes.pipeline import PassRecord, kept_operators, run_passes
 from gradprune.torch_compat import aot, dynamo, inductor, probe
 
+from . import devices
 from .capture import capture
 from .compilation import Callback, Compilation, InnerCompile
 from .devices import out_of_cuda_graphs
@@ -26,6 +27,7 @@ from .first_call import FirstCall, without_metadata
 from .hoisted_step import HoistedStep
 from .misuse import like_eager, with_calling_convention
 from .options import Options
+from .prologue import make_prologue
 from .pruning import PruningPass
 from .split import Split, erase_stand_ins, forward_of
 
@@ -202,7 +204,7 @@ def _compile_part(compilation: Compilation, gm: fx.GraphModule, inputs: Sequence
     if kwargs.get("is_backward"):
         known = compilation.strides
         strides = [known.get(one) for one in aot.output_descriptors(gm.graph)] if known else None
-        with nullcontext() if compilation.parts is None else _without_layout_asserts():
+        with nullcontext() if compilation.parts is None else _layout_asserts(compilation.parts):
             erase_stand_ins(gm.graph)
             compiled = inner_compile(gm, inputs, **kwargs)
         weights = [role is InputRole.WEIGHT for role in capture.tensor_inputs]
@@ -218,19 +220,21 @@ def _compile_divided(
     compilation: Compilation, parts: Split, gm: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any
 ) -> Callback:
     """Compile what takes hoisted values as inputs, behind those of the whole."""
+    prologue = make_prologue(compilation, parts)
     kept = [inputs[index] for index in parts.step_inputs]
     static = set(kwargs.get("static_input_idxs") or ())
     kwargs["static_input_idxs"] = [
         *(position for position, index in enumerate(parts.step_inputs) if index in static),
         *range(len(kept), len(kept) + len(parts.values)),
     ]
-    with _without_layout_asserts():
+    with _layout_asserts(parts):
         step = _told(compilation)(gm, [*kept, *parts.values], **kwargs)
     is_step = compilation.capture.form == "step"
     step = _keep_outputs(compilation, step, kwargs)
     return HoistedStep(
         parts,
         step,
+        prologue,
         always_refresh=compilation.options.always_refresh,
         returns_iterates=is_step,
         may_repeat=not (compilation.written or compilation.unrepeatable),
@@ -244,8 +248,10 @@ def _keep_outputs(compilation: Compilation, compiled: Callback, kwargs: Mapping[
     return out_of_cuda_graphs(compiled) if is_recorded and compilation.capture.form == "step" else compiled
 
 
-def _without_layout_asserts() -> AbstractContextManager[object]:
-    """A packed weight has no strides that could be asserted."""
+def _layout_asserts(parts: Split) -> AbstractContextManager[object]:
+    """Without Inductor's asserts on a CPU, where a packed weight has no strides that could be asserted."""
+    if all(map(devices.on_gpu, parts.values)):
+        return nullcontext()
     return inductor.inductor_config.patch(size_asserts=False, alignment_asserts=False)  # type: ignore[no-any-return]
 
 

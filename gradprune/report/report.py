@@ -49,6 +49,7 @@ class Report:
         kernels: What Inductor's generated code calls; empty if nothing was compiled.
         fallback: Why something had to be done without, ``None`` if nothing had to.
         fallback_kind: What it was, ``None`` if nothing was: ``"folding failed"`` (batch norm is not folded),
+            ``"prologue not compiled"`` (what runs once per attack runs operator by operator, on a GPU),
             ``"passes failed, compiled as captured"`` (all but unread weight gradients is computed),
             ``"computed wrongly, runs eagerly"`` (see ``check``) or ``"compiled as captured"`` (nothing is known about
             the graph); or ``"not compiled, runs eagerly"`` of a call

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -11,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from gradprune.compiler.devices import computes_in_bfloat16
 from gradprune.compiler.hoisted_step import one_attack
 from gradprune.compiler.options import Options
 from gradprune.errors import AttackError, OptionError, unknown
@@ -20,6 +23,8 @@ from .guard import Mode, unchanged
 from .losses import LABEL_LOSSES, Loss, kl, label_losses
 
 T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +72,21 @@ class Runtime:
             What the attack may ask.
         """
         model = original(model)
+        if self.autocast is torch.bfloat16:
+            _warn_of_bfloat16(x.device)
         with unchanged(model, self.mode), one_attack(), torch.inference_mode(False), torch.enable_grad():
             yield Query(self, model, x)
+
+
+@functools.cache
+def _warn_of_bfloat16(device: torch.device) -> None:
+    """Say once if a device computes bfloat16 in float32."""
+    if not computes_in_bfloat16(device):
+        log.warning(
+            "gradprune: %s has no instructions for bfloat16 and takes longer in it than in float32: "
+            "autocast=torch.float16 is faster",
+            device,
+        )
 
 
 class Query:

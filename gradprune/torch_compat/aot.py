@@ -38,9 +38,14 @@ __all__ = [
     "is_fake",
     "output_descriptors",
     "requests_weight_gradient",
+    "separate_output_strides",
     "size_hint",
     "without_modes",
 ]
+
+
+separate_output_strides = torch._guards.TracingContext.report_output_strides
+"""Within it, AOTAutograd does not take the strides of what is compiled for those of the graph being compiled."""
 
 
 def declare_no_donated_buffers() -> None:

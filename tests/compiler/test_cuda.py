@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,10 +16,13 @@ from test_freshness import images as larger_images
 from tiny import images, network
 from torch import Tensor, fx
 
-import gradprune.backend
+import gradprune
 from gradprune.compiler import devices
 from gradprune.compiler.devices import Later, out_of_cuda_graphs
 from gradprune.compiler.hoisted_step import HoistedStep, _steps
+from gradprune.runtime import query
+from gradprune.runtime.query import Runtime
+from gradprune.torch_compat.inductor import inductor_config
 
 PACKING = ("prepack-convolutions", "prepack-linears", "winograd-convolutions")
 """Passes that run on a CPU only."""
@@ -254,3 +258,192 @@ def test_comparison_of_all_types():
         changed[position] = copies[position].clone()
         changed[position][0] = value if value != 1e-300 else copies[position][0] * (1 + 1e-15)
         assert not devices.compare(ours, changed).are_equal()
+    eighth = [torch.ones(2).to(torch.float8_e4m3fn), torch.tensor([1.0, 2.0]).to(torch.float8_e4m3fn)]
+    assert devices.compare(eighth, eighth).are_equal()
+    assert not devices.compare(eighth, eighth[::-1]).are_equal()
+
+
+# --- The prologue -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("on_gpu")
+@pytest.mark.parametrize("compile", [True, False])
+def test_values_are_written_to_the_memory_of_the_last_ones(compile: bool):
+    known = set(_steps)
+    with contextlib.nullcontext() if compile else interpreted():
+        subject = Subject(Network(), gradient_only, disable=PACKING)
+        subject(*larger_images())
+    (step,) = set(_steps) - known
+    assert step._values
+    addresses = [value.data_ptr() for value in step._values]
+    NOTICED["SGD foreach"](subject.model)
+    subject(*larger_images())
+    assert [value.data_ptr() for value in step._values] == addresses
+
+
+@pytest.mark.usefixtures("on_gpu")
+def test_values_that_a_forward_pass_saved_are_not_overwritten():
+    model = network()
+    compiled = torch.compile(model, backend="gradprune", options={"disable": PACKING, "strict": True})
+    _, x, y = images()
+    x.requires_grad_()
+    F.cross_entropy(model(x), y).backward()
+    expected, x.grad = x.grad, None
+    loss = F.cross_entropy(compiled(x), y)
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+        compiled(x)
+    loss.backward()
+    assert expected is not None
+    assert x.grad is not None
+    assert relative_error(x.grad, expected) < 1e-4
+
+
+@pytest.mark.usefixtures("on_gpu")
+def test_prologue_that_cannot_be_compiled_is_interpreted(monkeypatch: pytest.MonkeyPatch):
+    def inner_compile(gm: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
+        if gm.graph.find_nodes(op="placeholder")[-1].name.startswith("value_"):
+            raise RuntimeError("no kernel")
+        return interpret(gm, inputs, **kwargs)
+
+    compile_graph = functools.partial(gradprune.backend.compile_graph, inner_compile=inner_compile)
+    monkeypatch.setattr(gradprune.backend, "compile_graph", compile_graph)
+    subject = Subject(Network(), disable=PACKING, strict=False)
+    subject(*larger_images())
+    (report,) = gradprune.reports(subject.step)
+    assert report.fallback_kind == "prologue not compiled"
+    assert "no kernel" in str(report.fallback)
+
+
+@pytest.mark.usefixtures("on_gpu")
+def test_layout_is_asserted_where_nothing_is_packed(monkeypatch: pytest.MonkeyPatch):
+    seen: list[bool] = []
+
+    def inner_compile(gm: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
+        seen.append(inductor_config.size_asserts and inductor_config.alignment_asserts)
+        return interpret(gm, inputs, **kwargs)
+
+    compile_graph = functools.partial(gradprune.backend.compile_graph, inner_compile=inner_compile)
+    monkeypatch.setattr(gradprune.backend, "compile_graph", compile_graph)
+    Subject(Network(), disable=PACKING)(*larger_images())
+    assert seen == [True, True]  # the prologue and the step
+    torch._dynamo.reset()
+    monkeypatch.setattr(devices, "on_gpu", lambda tensor: False)
+    Subject(Network())(*larger_images())
+    assert seen == [True, True, False]
+
+
+# --- Streams ----------------------------------------------------------------------------------------------------------
+
+
+class FakeStream:
+    """Notes what it waits for."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.waits: list[str] = []
+
+    def wait_stream(self, other: FakeStream) -> None:
+        self.waits.append(other.name)
+
+    def record_event(self) -> str:
+        return f"event of {self.name}"
+
+    def wait_event(self, event: str) -> None:
+        self.waits.append(event)
+
+
+class Held:
+    """A tensor on a GPU that knows which streams use it."""
+
+    def __init__(self) -> None:
+        self.device = torch.device("cuda", 0)
+        self.streams: list[str] = []
+
+    def record_stream(self, stream: FakeStream) -> None:
+        self.streams.append(stream.name)
+
+
+def test_streams_wait_for_each_other(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    first, second, held = FakeStream("first"), FakeStream("second"), Held()
+    order = devices.StreamOrder(held.device)
+
+    def on(stream: FakeStream) -> None:
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+
+    on(first)
+    order.before_making()
+    order.made()
+    order.before_use([held])  # type: ignore[list-item]
+    assert first.waits == []
+    on(second)
+    for _ in range(2):
+        order.before_use([held])  # type: ignore[list-item]
+    assert second.waits == ["event of first"]
+    assert held.streams == ["second"]
+    on(first)
+    order.before_making()
+    order.made()
+    assert first.waits == ["second"]
+    on(second)
+    order.before_making()
+    order.made()
+    assert second.waits == ["event of first", "first"]
+
+
+def test_recording_waits_for_nothing_outside_of_it(monkeypatch: pytest.MonkeyPatch):
+    first, second = FakeStream("first"), FakeStream("second")
+    order = devices.StreamOrder(torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: first)
+    order.made()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: second)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    order.before_use([])
+    assert second.waits == []
+
+
+def test_step_keeps_the_order(monkeypatch: pytest.MonkeyPatch, on_gpu: None):
+    events: list[str] = []
+
+    class Order:
+        def before_making(self) -> None:
+            events.append("before making")
+
+        def made(self) -> None:
+            events.append("made")
+
+        def before_use(self, tensors: Sequence[Tensor]) -> None:
+            events.append("before use")
+
+    monkeypatch.setattr(devices, "stream_orders", lambda values: [Order()])
+    with interpreted():
+        subject = Subject(Network(), disable=PACKING, check="never")
+        x_adv, x, y = larger_images()
+        x_adv, _ = subject(x_adv, x, y)
+        assert events == ["before use", "before making", "made"]
+        subject(x_adv, x, y)
+    assert events == ["before use", "before making", "made", "before use"]
+
+
+# --- Precision --------------------------------------------------------------------------------------------------------
+
+
+def test_bfloat16_without_instructions_is_said_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+    monkeypatch.setattr(query, "computes_in_bfloat16", lambda device: False)
+    query._warn_of_bfloat16.cache_clear()
+    _, x, _ = images()
+    for autocast in (torch.float16, None, torch.bfloat16, torch.bfloat16):
+        with Runtime(compile=False, autocast=autocast).attack(network(), x):
+            pass
+    query._warn_of_bfloat16.cache_clear()
+    assert [record.levelname for record in caplog.records if "bfloat16" in record.message] == ["WARNING"]
+
+
+def test_bfloat16_is_asked_for_on_the_device_that_is_used(monkeypatch: pytest.MonkeyPatch):
+    asked: list[object] = []
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext(asked.append(device)))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+    assert devices.computes_in_bfloat16(torch.device("cpu"))
+    assert not devices.computes_in_bfloat16(torch.device("cuda", 1))
+    assert asked == [torch.device("cuda", 1)]
