@@ -767,7 +767,7 @@ def test_models_given_as_arguments():
 
 
 @pytest.mark.usefixtures("no_code")
-@pytest.mark.parametrize("part", ["_prologue", "_step"])
+@pytest.mark.parametrize("part", ["prologue", "step"])
 @pytest.mark.parametrize("when", ["within an attack", "between attacks"])
 def test_nothing_stale_is_left_by_a_failure(part: str, when: When, monkeypatch: pytest.MonkeyPatch):
     existing = set(_steps)
@@ -781,11 +781,11 @@ def test_nothing_stale_is_left_by_a_failure(part: str, when: When, monkeypatch: 
     def failing(model: Network) -> None:
         in_place(model)
         with monkeypatch.context() as patch:
-            patch.setattr(step, part, fail)
+            patch.setattr(*((step._prologue, "run") if part == "prologue" else (step, "_step")), fail)
             with pytest.raises(MemoryError):
                 subject.step(*arguments)
         through_data(model)
-        if part == "_step":  # the prologue was through by then
+        if part == "step":  # the prologue was through by then
             gradprune.invalidate(model)
 
     for _ in range(2):
