@@ -16,6 +16,7 @@ from gradprune.passes.base import Pass
 from gradprune.passes.fold_batch_norm import FoldBatchNorm
 from gradprune.passes.hoist_invariants import HoistInvariants
 from gradprune.passes.pipeline import select_passes
+from gradprune.torch_compat.dynamo import is_failure
 from gradprune.torch_compat.inductor import compile_fx_inner
 
 from .capture import Capture
@@ -96,12 +97,15 @@ class Compilation:
         try:
             change()
         except Exception as error:
-            if isinstance(error, CompileError) and not isinstance(error, PassError):
+            if not isinstance(error, PassError) and (isinstance(error, CompileError) or not is_failure(error)):
                 raise
             reason = str(error) if isinstance(error, PassError) else f"{failure}: {error!r}"
             self.fall_back(what, reason, graph, error)
             restore_graph(graph, backup)
             return False
+        finally:
+            for node in backup.nodes:  # which would hold weak references to weights, and these bar swap_tensors
+                node.meta.clear()
         return True
 
     def fall_back(self, what: Fallback, reason: str, graph: fx.Graph | None, error: Exception | None = None) -> None:

@@ -11,9 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from gradprune.errors import CompileError, PassError
 from gradprune.graph.captured_graph import CapturedGraph
-from gradprune.graph.editing import copy_graph, restore_graph
 from gradprune.graph.step_graph import InputRole
 from gradprune.passes.pipeline import PassRecord, kept_operators, run_passes
 from gradprune.torch_compat import aot, dynamo, inductor, probe
@@ -86,23 +84,18 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], compilation: Com
     compilation.tell("classified", compilation.capture.form)
     is_checked = options.check != "never" and compilation.run_prologue
     captured = without_metadata(gm) if is_checked else None
-    backup = copy_graph(gm.graph)
-    try:
+    compiled: Callback
+
+    def compile_pruned() -> None:
+        nonlocal compiled
         _run_passes_before_autograd(gm, compilation)
         compiled = _compile_pruned(gm, example_inputs, compilation)
-    except Exception as error:
-        if not dynamo.is_failure(error) or (isinstance(error, CompileError) and not isinstance(error, PassError)):
-            raise
-        compilation.fall_back(Fallback.PASSES, f"what the passes made of it did not compile: {error!r}", None, error)
+
+    failure = "what the passes made of it did not compile"
+    if not compilation.attempt(Fallback.PASSES, gm.graph, compile_pruned, failure):
         compilation.prunes, compilation.parts = False, None
-        restore_graph(gm.graph, backup)
         gm.recompile()
         compiled = _compile_pruned(gm, example_inputs, compilation)
-    finally:
-        for (
-            node
-        ) in backup.nodes:  # in its nodes' cycles it would hold weak references to weights, which bar swap_tensors
-            node.meta.clear()
     if not compilation.was_traced and any(node.op not in ("placeholder", "output") for node in gm.graph.nodes):
         reason = "torch noted no descriptors ('desc') on the outputs of the graph, and its passes ran on none of it"
         compilation.fall_back(Fallback.CAPTURED, reason, None)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from gradprune.backend import RUNS_EAGERLY
 from gradprune.backend import compile as compile_
@@ -71,7 +71,8 @@ class AcceleratedModule(nn.Module):
         model = self.__dict__["_gradprune_original"]
         if torch.compiler.is_compiling():
             return model(*args, **kwargs)
-        inputs = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
+        leaves, structure = tree_flatten((args, kwargs))
+        inputs = [value for value in leaves if isinstance(value, torch.Tensor)]
         modules = modules_of(model)
         with frozen(modules, inputs) as weights:
             hooked = _hooked(modules)
@@ -92,7 +93,7 @@ class AcceleratedModule(nn.Module):
             if not torch.is_grad_enabled() or aot.is_transformed():
                 return result
             if hooked is None and may_run_again(modules):
-                result = self._differentiable_twice(result, args, kwargs, modules)
+                result = self._differentiable_twice(result, leaves, structure, modules)
         if not weights:
             return result
         return tree_map_only(torch.Tensor, lambda output: without_weight_gradients(output, weights), result)
@@ -113,10 +114,9 @@ class AcceleratedModule(nn.Module):
             notes.append(reason)
             log.warning("gradprune: %s, with frozen weights: %s", RUNS_EAGERLY, reason)
 
-    def _differentiable_twice(self, result: Any, args: tuple[Any, ...], kwargs: dict[str, Any], modules: Any) -> Any:
+    def _differentiable_twice(self, result: Any, leaves: list[Any], structure: Any, modules: list[nn.Module]) -> Any:
         """The result, from which gradients that depend on inputs can be taken."""
         model = self.__dict__["_gradprune_original"]
-        leaves, structure = tree_flatten((args, kwargs))
         attacked = [at for at, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
         kept = [
             one for module in modules for one in module._parameters.values() if one is not None and one.requires_grad
