@@ -45,6 +45,7 @@ class Compilation:
         parts: The divided step, if it was divided.
         written: Which of Dynamo's inputs the graph writes.
         unrepeatable: Why running it twice may not give the same result; empty if it must.
+        refused: Whether ``strict`` has raised an error, which is on its way to the user.
         strides: Of the gradients that a model returns, before the passes, by what torch noted on them.
     """
 
@@ -58,6 +59,7 @@ class Compilation:
     parts: Split | None = None
     written: set[int] = field(default_factory=set)
     unrepeatable: str = "it is not known what it changes"
+    refused: bool = False
     strides: dict[Any, tuple[Any, ...]] = field(default_factory=dict)
 
     @cached_property
@@ -97,6 +99,8 @@ class Compilation:
         try:
             change()
         except Exception as error:
+            if self.refused:
+                raise
             if not isinstance(error, PassError) and (isinstance(error, CompileError) or not is_failure(error)):
                 raise
             reason = str(error) if isinstance(error, PassError) else f"{failure}: {error!r}"
@@ -112,5 +116,6 @@ class Compilation:
         """Say that something has to be done without; with the option ``strict``, raise."""
         self.tell("fell_back", what, reason, graph)
         if self.options.strict:
+            self.refused = True
             raise error if isinstance(error, PassError) else PassError(reason) from error
         log.warning("gradprune: %s: %s", what.value, reason, exc_info=error)
