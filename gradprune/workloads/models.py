@@ -125,7 +125,7 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
     """Load a state dict into ``model``; it may be nested in a larger checkpoint, or be that of a wrapped model.
 
     Into a normalised model goes its own, as training writes it, or that of the model inside. Of several that fit, the
-    one under a usual name is taken.
+    one under a usual name is taken, which is said.
 
     Raises:
         OptionError: The file cannot be read without running code of its own, holds nothing that fits the model, or
@@ -160,7 +160,10 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
             f"--checkpoint {path} holds several state dicts that fit ({_some([*map(_at, fitting)])}): write the one "
             f"that is meant, with torch.save(torch.load(path){_at(next(iter(fitting)))}, other_path) for example"
         )
-    part, state = fitting[usual[0] if usual else next(iter(fitting))]
+    taken = usual[0] if usual else next(iter(fitting))
+    if others := [place for place in fitting if place != taken]:
+        print(f"--checkpoint {path}: took {_at(taken)}, not {_some([*map(_at, others)])}", file=sys.stderr)
+    part, state = fitting[taken]
     part.load_state_dict(state)
 
 

@@ -102,18 +102,22 @@ def test_checkpoints(tmp_path: Path, nested: str | None, prefix: str) -> None:
     assert fingerprint(model) == fingerprint(trained)
 
 
-def test_of_several_state_dicts_the_usual_or_the_fitting_one_is_taken(tmp_path: Path) -> None:
+def test_of_several_state_dicts_the_usual_or_the_fitting_one_is_taken(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     trained = net()
     other = {name: value + 1 for name, value in trained.state_dict().items()}
-    for content in (
-        {"model": trained.state_dict(), "model_ema": other},
-        {"net": trained.state_dict(), "optimizer": {"state": {}, "exp_avg": torch.zeros(3)}},
-        {"net": trained.state_dict(), "discriminator": {"scale": torch.zeros(3)}},
+    for content, said in (
+        ({"model": trained.state_dict(), "model_ema": other}, "net.pt: took ['model'], not ['model_ema']\n"),
+        ({"net": trained.state_dict(), "optimizer": {"state": {}, "exp_avg": torch.zeros(3)}}, ""),
+        ({"net": trained.state_dict(), "discriminator": {"scale": torch.zeros(3)}}, ""),
     ):
         model = net()
         torch.save(content, tmp_path / "net.pt")
         load_checkpoint(model, tmp_path / "net.pt")
         assert fingerprint(model) == fingerprint(trained)
+        err = capsys.readouterr().err
+        assert err.endswith(said) if said else not err
     for content, told in (
         (
             {"first": trained.state_dict(), "second": other},
