@@ -39,9 +39,7 @@ class Prologue:
         """The values; ``last`` are those of the last call, if there are any."""
         if not self.in_place:
             return [_in_layout(v, e) for v, e in zip(self.run(list(weights)), self._expected, strict=True)]
-        values = last or [
-            torch.empty_strided(e.shape, e.stride(), dtype=e.dtype, device=e.device) for e in self._expected
-        ]
+        values = last or [_empty(e) for e in self._expected]
         self.run([*weights, *values])
         return values
 
