@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .inspect.explain import explain
     from .report.report import Report
     from .runtime.accelerate import accelerate
+    from .runtime.patch import patch, unpatch
 
     __version__: str
 
@@ -51,8 +52,10 @@ __all__ = [
     "compile",
     "explain",
     "invalidate",
+    "patch",
     "perturbation",
     "reports",
+    "unpatch",
 ]
 
 _HOMES = {
@@ -62,8 +65,10 @@ _HOMES = {
     "compile": "backend",
     "explain": "inspect.explain",
     "invalidate": "compiler.hoisted_step",
+    "patch": "runtime.patch",
     "perturbation": "compiler.perturbations",
     "reports": "backend",
+    "unpatch": "runtime.patch",
 }
 """Where names are found that are not errors. They are looked up when asked for: ``gradprune --help`` needs no torch."""
 

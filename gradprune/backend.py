@@ -96,13 +96,16 @@ def reports(compiled: Callable[..., Any] | torch.nn.Module) -> list[Report]:
     """The reports of what has been compiled so far for one ``torch.compile`` call.
 
     Args:
-        compiled: What ``torch.compile(..., backend="gradprune")``, ``gradprune.compile`` or ``gradprune.accelerate``
-            returned. Compilation happens at the first call, so before it the list is empty; graph breaks and
-            recompilations add a report each.
+        compiled: What ``torch.compile(..., backend="gradprune")``, ``gradprune.compile``, ``gradprune.accelerate`` or
+            ``gradprune.patch`` returned. Compilation happens at the first call, so before it the list is empty; graph
+            breaks and recompilations add a report each.
 
     Raises:
         GradpruneError: ``compiled`` is not compiled by gradprune.
     """
+    patched = getattr(compiled, "__dict__", {}).get("_gradprune_patched")
+    if patched is not None:
+        return [report for model in patched.models.compiled.values() for report in reports(model)]
     parts = vars(compiled).get("_gradprune_compiled") if isinstance(compiled, torch.nn.Module) else None
     if parts is not None:
         pairs = [_reports_of(part) for part in list(parts.values())]
