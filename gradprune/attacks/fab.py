@@ -144,7 +144,7 @@ class FAB(Attack):
         # Only the plane matters, not the length of its normal, of which squares may be too small for a number.
         scale = w.abs().amax(1).clamp(min=tiny)
         w, offset = w / scale[:, None], offset / scale
-        missing = offset - torch.linalg.vecdot(w, flat)
+        missing: Tensor = offset - torch.linalg.vecdot(w, flat)
         direction = w.sign() * missing.sign()[..., None]
         if self.bounds is None:
             room = torch.full_like(flat, torch.inf)
@@ -189,7 +189,7 @@ def _water_level(weight: Tensor, limit: Tensor, total: Tensor) -> Tensor:
     """
     tiny = torch.finfo(limit.dtype).tiny
     capacity = (weight * limit).nan_to_num(nan=0.0, posinf=0.0)
-    level: Tensor = total / weight.sum(-1).clamp(min=tiny)
+    level = total / weight.sum(-1).clamp(min=tiny)
     is_full = torch.empty_like(limit)
     while True:
         torch.le(limit, level[..., None], out=is_full)  # as numbers, which are multiplied faster than truth values
