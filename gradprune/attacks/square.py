@@ -87,25 +87,30 @@ class Square(Attack):
 
         What is random is drawn for all samples, so that no sample's search depends on which others are left.
         """
-        aimed, sign = self.aimed(labels, "margin"), self.sign("margin")
-        result = self._start(x, generator, places)[chosen]
-        margins, logits = query.losses(result, aimed[chosen], "margin")
-        best = sign * margins
-        fooled = self.is_fooled(logits, labels[chosen])
+        sign, point = self.sign("margin"), self._start(x, generator, places)[chosen]
+        rows, labels = chosen, labels[chosen]
+        aimed = self.aimed(labels, "margin")
+        margins, logits = query.losses(point, aimed, "margin")
+        best, fooled = sign * margins, self.is_fooled(logits, labels)
+        result, is_fooled = point.clone(), fooled.clone()
+        left = torch.arange(len(chosen), device=x.device)  # what follows is of these, and copied when one leaves
+        propose = self._propose_linf if self.norm == "linf" else self._propose
         for step in query.steps(self.queries, self.name):
-            left = (~fooled).nonzero().squeeze(1)
+            if bool(fooled.any()):
+                result[left], is_fooled[left] = point, fooled
+                stay = (~fooled).nonzero().squeeze(1)
+                left, rows, labels, aimed = left[stay], rows[stay], labels[stay], aimed[stay]
+                point, best, fooled = point[stay], best[stay], fooled[stay]
             if not len(left):
                 break
-            rows = chosen[left]
-            propose = self._propose_linf if self.norm == "linf" else self._propose
-            moved = propose(x, result[left], rows, self.share_at(step), generator, places)
-            margins, logits = query.losses(moved, aimed[rows], "margin")
-            margins, succeeds = sign * margins, self.is_fooled(logits, labels[rows])
-            better = succeeds | (margins > best[left])
-            result[left] = torch.where(per_sample(better, moved), moved, result[left])
-            best[left] = torch.where(better, margins, best[left])
-            fooled[left] = succeeds
-        return result, fooled
+            moved = propose(x, point, rows, self.share_at(step), generator, places)
+            margins, logits = query.losses(moved, aimed, "margin")
+            margins, succeeds = sign * margins, self.is_fooled(logits, labels)
+            better = (succeeds | (margins > best)).nonzero().squeeze(1)
+            if len(better):  # of most queries, nothing is
+                point[better], best[better], fooled = moved[better], margins[better], succeeds
+        result[left], is_fooled[left] = point, fooled
+        return result, is_fooled
 
     def share_at(self, step: int) -> float:
         """Share of the pixels to change at a step."""
@@ -127,13 +132,13 @@ class Square(Attack):
     def _propose_linf(
         self, x: Tensor, point: Tensor, rows: Tensor, share: float, generator: torch.Generator, places: torch.Generator
     ) -> Tensor:
-        """Shift a square by ``2 * eps`` in a random direction for each channel."""
+        """Shift a square by ``2 * eps`` in a random direction for each channel: to that end of the ball."""
         channels, height, width = x.shape[1:]
         size = min(max(round((share * height * width) ** 0.5), 1), height, width)
         window = _window(_place(height - size, places), _place(width - size, places), size, size)
         moved = point.clone()
-        moved[window] += 2 * self.eps * _signs((channels, 1, 1), x, generator)
-        return self.clip(x[rows] + self.ball.project(moved - x[rows], self.eps))
+        moved[window] = self.clip(x[window][rows] + self.eps * _signs((channels, 1, 1), x, generator))
+        return moved
 
     def _propose(
         self, x: Tensor, point: Tensor, rows: Tensor, share: float, generator: torch.Generator, places: torch.Generator

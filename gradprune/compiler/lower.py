@@ -13,8 +13,12 @@ from torch import fx
 
 from gradprune.graph.captured_graph import CapturedGraph
 from gradprune.graph.step_graph import InputRole
+from gradprune.ops import winograd
 from gradprune.passes.pipeline import PassRecord, kept_operators, run_passes
+from gradprune.passes.winograd_convolutions import winograd_convolutions
 from gradprune.torch_compat import aot, dynamo, inductor, probe
+from gradprune.torch_compat.instructions import find_early
+from gradprune.torch_compat.kernels import compiling_together
 
 from . import devices
 from .capture import capture
@@ -56,6 +60,8 @@ def compile_graph(
         GradpruneError: As the backend does.
     """
     probe.warn()
+    if not any(devices.on_gpu(one) for one in example_inputs if isinstance(one, torch.Tensor)):
+        find_early()
     dynamo.forget_sources_of_constants()
     compilation = Compilation(options, listeners, inner_compile, run_prologue)
     compilation.tell("captured", gm.graph, example_inputs)
@@ -82,6 +88,7 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], compilation: Com
         compilation.tell("classified", "model")
         return _compile_fx(gm, example_inputs, _told(compilation), options.inductor_settings)
     compilation.tell("classified", compilation.capture.form)
+    _begin_to_compile_kernels(gm.graph, compilation)
     is_checked = options.check != "never" and compilation.run_prologue
     captured = without_metadata(gm) if is_checked else None
     compiled: Callback
@@ -102,6 +109,14 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], compilation: Com
     elif captured is not None and compilation.was_traced:
         compiled = FirstCall(compiled, captured, compilation, time.perf_counter() - start)
     return with_calling_convention(compiled, compilation.capture)
+
+
+def _begin_to_compile_kernels(graph: fx.Graph, compilation: Compilation) -> None:
+    """Have what the passes will ask for be compiled while the graph is traced."""
+    weights = [node.args[1] for node in graph.find_nodes(op="call_function", target=torch.conv2d) if len(node.args) > 1]
+    shapes = [weight.meta["example_value"].shape[2:] for weight in weights if isinstance(weight, fx.Node)]
+    if (3, 3) in shapes and winograd_convolutions in compilation.passes:
+        winograd.prepare()
 
 
 def _compile_pruned(gm: fx.GraphModule, example_inputs: Sequence[Any], compilation: Compilation) -> Callback:
@@ -174,7 +189,8 @@ def _told(compilation: Compilation) -> InnerCompile:
         part = "step" if compilation.capture.form == "step" else "forward"
         part = "backward" if kwargs.get("is_backward") else part
         compilation.tell("compiling", part, gm.graph)
-        compiled = compilation.inner_compile(gm, inputs, **kwargs)
+        with compiling_together():
+            compiled = compilation.inner_compile(gm, inputs, **kwargs)
         compilation.tell("compiled", part, compiled)
         return compiled
 

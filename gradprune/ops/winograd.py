@@ -14,7 +14,9 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
+import os
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ import torch
 from torch import Tensor
 
 from gradprune.torch_compat.aot import without_modes
-from gradprune.torch_compat.inductor import compile_cpp
+from gradprune.torch_compat.kernels import compile_cpp
 from gradprune.torch_compat.lowering import fallback_handler, ir, register_lowering
 
 from .library import LIBRARY
@@ -198,13 +200,29 @@ def _gemm() -> int:
 
 
 @functools.cache
+def _compile(arguments: tuple[str, ...], source: str) -> Future[Callable[..., None]]:
+    return ThreadPoolExecutor(1, "gradprune-winograd").submit(compile_cpp, arguments, source)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_compile.cache_clear)  # the threads are not there
+
+
+def prepare() -> None:
+    """Begin to compile the kernels, which takes a second."""
+    if _gemm():
+        _compile(_ARGUMENTS, _SOURCE)
+        _compile(_WEIGHT_ARGUMENTS, _WEIGHT_SOURCE)
+
+
+@functools.cache
 def _kernel() -> Callable[..., None]:
-    return compile_cpp(_ARGUMENTS, _SOURCE)
+    return _compile(_ARGUMENTS, _SOURCE).result()
 
 
 @functools.cache
 def _weight_kernel() -> Callable[..., None]:
-    return compile_cpp(_WEIGHT_ARGUMENTS, _WEIGHT_SOURCE)
+    return _compile(_WEIGHT_ARGUMENTS, _WEIGHT_SOURCE).result()
 
 
 @functools.cache
@@ -212,6 +230,7 @@ def is_available() -> bool:
     """Whether the kernel can be compiled here, and computes a convolution."""
     if not _gemm():
         return False
+    prepare()
     with without_modes():
         x = torch.linspace(-1, 1, 2 * 16 * 5 * 4).view(2, 16, 5, 4)
         weight, bias = torch.linspace(-1, 1, 32 * 16 * 9).view(32, 16, 3, 3), torch.linspace(-1, 1, 32)

@@ -91,7 +91,17 @@ EXPECTED: tuple[tuple[str, tuple[str, ...], str], ...] = (
     (f"{_INDUCTOR}.custom_graph_pass:CustomGraphPass", ("uuid",), _NO_PASSES),
     (f"{_INDUCTOR}.graph:GraphLowering.decide_layout_opt", ("is_inference",), "layouts are not known"),
     (f"{_INDUCTOR}.output_code:CompiledFxGraph", ("source_code",), "reports list no kernels"),
-    (f"{_INDUCTOR}.codecache:CppPythonBindingsCodeCache", ("load_pybinding",), "there is no Winograd kernel"),
+    (
+        f"{_INDUCTOR}.codecache:CppPythonBindingsCodeCache",
+        ("load_pybinding", "load_async"),
+        "kernels do not compile",
+    ),
+    (f"{_INDUCTOR}.async_compile:AsyncCompile", ("cpp_pybinding", "wait", "submit"), "kernels compile one by one"),
+    (
+        f"{_INDUCTOR}.cpu_vec_isa",
+        ("valid_vec_isa_list", "supported_vec_isa_list", "x86_isa_checker"),
+        "the first compilation takes longer",
+    ),
     (
         "torch._C",
         ("_will_engine_execute_node", "_current_autograd_node"),
