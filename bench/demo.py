@@ -1,9 +1,9 @@
-"""``gradprune demo``: candidates of ``bench step`` on photographs and on digits, and the examples they find."""
+"""``gradprune demo``: candidates of ``bench step`` on photographs and digits, and what they do to trained networks."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,15 @@ from gradprune.evaluation.plots import Example, save_examples
 from gradprune.support.environment import environment
 from gradprune.support.files import write_json, write_text
 from gradprune.support.progress import stage
-from gradprune.workloads.digits import load_digits, train_digits
+from gradprune.workloads.digits import train_digits
+from gradprune.workloads.imagenet import efficientnet_lite0, imagenet_names, imagenet_photographs
+from gradprune.workloads.mnist import load_mnist
 from gradprune.workloads.networks import calibrated_resnet
 from gradprune.workloads.photos import photo_batch
 
 from . import timing
 from .baselines import COMPILED_MODEL, EAGER_BACKWARD, FROZEN, GRADPRUNE, Contender, choose
-from .cases import Case, Workload
+from .cases import Case, MnistCnn, Workload
 from .harness import Budget, configured
 from .report import eps_text, failures, figure, ratio_text, share
 from .step import FIGURES, Column, Comparison, Record, Reports, columns_of, measure_workload
@@ -33,8 +35,7 @@ CANDIDATES = (EAGER_BACKWARD, FROZEN, COMPILED_MODEL, GRADPRUNE)
 RESNET_50 = (3, 4, 6, 3)
 RESNET_14 = (1, 1, 1, 1)
 CALIBRATION_PHOTOS = 24
-EXAMPLES = 2
-"""That are drawn of every workload."""
+MNIST_EPOCHS, MNIST_IMAGES = 3, 128
 
 COLUMNS: dict[str, Column] = {
     "candidate": FIGURES["candidate"],
@@ -70,6 +71,9 @@ class Shown:
         title: What it is, for people.
         note: What the reader has to know about the network and its labels.
         work: The network and its images.
+        names: What its classes are called, if it was trained to tell them apart.
+        drawn: How many examples are drawn.
+        keys: What is timed.
         steps: Steps of an attack.
         records: One for each candidate.
         reports: gradprune's own reports, one for each graph it compiled.
@@ -80,6 +84,9 @@ class Shown:
     title: str
     note: str
     work: Workload
+    names: Sequence[str] = ()
+    drawn: int = 0
+    keys: Sequence[str] = KEYS
     steps: int = 0
     records: list[Record] = field(default_factory=list)
     reports: Reports = field(default_factory=list)
@@ -160,18 +167,34 @@ def photographs(batch: int, size: int, *, quick: bool) -> Shown:
     )
 
 
-def digits() -> Shown:
-    """A small network trained on the spot, on all held-out digits at once."""
-    data = load_digits()
+def imagenet() -> Shown:
+    """EfficientNet-Lite0 with trained weights, on photographs with true labels."""
+    x, y = imagenet_photographs()
     return Shown(
-        f"CNN on {len(data.test_x)} held-out digits of 8x8",
+        f"EfficientNet-Lite0, {len(x)} ImageNet photographs of {x.shape[-1]}x{x.shape[-1]}",
+        "Trained weights and true labels.",
+        _workload("imagenet", efficientnet_lite0(), x, y, 2 / 255),
+        imagenet_names(),
+        drawn=4,
+        keys=("frozen", "gradprune"),
+    )
+
+
+def mnist(*, quick: bool) -> Shown:
+    """The small network of many papers, trained on the spot, on held-out digits of MNIST."""
+    data = load_mnist()
+    x, y = data.test_x[:MNIST_IMAGES], data.test_y[:MNIST_IMAGES]
+    return Shown(
+        f"CNN on {len(x)} held-out MNIST digits",
         f"Trained on {len(data.train_x)} other digits for this run.",
-        _workload("digits", train_digits(data), data.test_x, data.test_y, 0.2),
+        _workload("mnist", train_digits(data, MnistCnn, 1 if quick else MNIST_EPOCHS), x, y, 0.2),
+        [str(digit) for digit in range(10)],
+        drawn=2,
     )
 
 
 def measure(steps: int, batch: int, size: int, rounds: int, *, threads: int, quick: bool) -> list[Shown]:
-    """Make both workloads and measure them.
+    """Make the workloads and measure them.
 
     Args:
         steps: Steps of an attack.
@@ -179,18 +202,22 @@ def measure(steps: int, batch: int, size: int, rounds: int, *, threads: int, qui
         size: Side of a photograph in pixels.
         rounds: Attacks timed per candidate.
         threads: CPU threads.
-        quick: Take a smaller network for the photographs.
+        quick: Take a smaller network for the photographs, and leave out EfficientNet.
     """
     with stage("building the network for the photographs"):
-        photos = photographs(batch, size, quick=quick)
-    with stage("training a network on handwritten digits"):
-        both = photos, digits()
-    settings, budget = Settings(threads=threads, steps=steps), Budget(rounds, float("inf"))
+        all_shown = [photographs(batch, size, quick=quick)]
+    if not quick:
+        with stage("loading EfficientNet-Lite0 and its photographs"):
+            all_shown.append(imagenet())
+    with stage("training a network on MNIST digits"):
+        all_shown.append(mnist(quick=quick))
+    settings = Settings(threads=threads, steps=steps)
     with configured(settings):
-        for shown in both:
+        for shown in all_shown:
             shown.steps = steps
-            shown.records = measure_workload(shown.work, choose(KEYS, "cpu"), settings, budget, shown.take)
-    return [*both]
+            budget = Budget(rounds if shown.keys is KEYS else 1, float("inf"))
+            shown.records = measure_workload(shown.work, choose(shown.keys, "cpu"), settings, budget, shown.take)
+    return all_shown
 
 
 def write(directory: Path, measured: list[Shown], settings: Mapping[str, Any], threads: int) -> None:
@@ -243,10 +270,15 @@ def examples(shown: Shown) -> list[Example]:
     if found is None:
         return []
     with torch.no_grad():
-        before, after = work.model(work.x).argmax(1), work.model(found).argmax(1)
+        before, after = (work.model(one).softmax(1).max(1) for one in (work.x, found))
+    fooled = (after.indices != work.y) & (before.indices == work.y)
+    chosen = torch.argsort(fooled.int(), descending=True, stable=True)[: shown.drawn].tolist()
+
+    def read(prediction: Any, index: int) -> str:
+        return f"{shown.names[prediction.indices[index]]}, {float(prediction.values[index]):.0%}"
+
     title = shown.title.split(",")[0].split(" on ")[0]
-    chosen = torch.argsort((after != work.y).int(), descending=True, stable=True)[:EXAMPLES].tolist()
     return [
-        Example(title, work.x[i].numpy(), found[i].numpy(), int(before[i]), int(after[i]), work.case.eps)
+        Example(title, work.x[i].numpy(), found[i].numpy(), read(before, i), read(after, i), work.case.eps)
         for i in chosen
     ]

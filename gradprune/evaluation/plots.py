@@ -31,16 +31,16 @@ class Example:
         title: What stands beside it.
         x: The clean image ``(C, H, W)``, in [0, 1].
         x_adv: The adversarial one.
-        before: The class the model reads in ``x``.
-        after: The class it reads in ``x_adv``.
+        before: What the model reads in ``x``.
+        after: What it reads in ``x_adv``.
         eps: Radius of the Linf ball, which is the end of the colour scale; ``None`` where there is none.
     """
 
     title: str
     x: np.ndarray[Any, Any]
     x_adv: np.ndarray[Any, Any]
-    before: int
-    after: int
+    before: str
+    after: str
     eps: float | None
 
 
@@ -120,8 +120,8 @@ def examples_of(
             title if title is not None else f"label {int(arrays['y'][i])}",
             (x[i] - low) / width,
             (arrays["x_adv"][i] - low) / width,
-            int(arrays["clean_predictions"][i]),
-            int(arrays["predictions"][i]),
+            _read(int(arrays["clean_predictions"][i])),
+            _read(int(arrays["predictions"][i])),
             scale,
         )
         for i in range(min(len(x), len(arrays["y"])))
@@ -138,6 +138,10 @@ def title_of(record: Record) -> str:
     return "\n".join(parts)
 
 
+def _read(label: int) -> str:
+    return str(label) if label >= 0 else "no class"
+
+
 def _draw(figure: Any, row: Any, example: Example) -> None:
     """Fill the four panels of one example."""
     delta = example.x_adv - example.x
@@ -147,7 +151,7 @@ def _draw(figure: Any, row: Any, example: Example) -> None:
     row[0].set_ylabel(example.title, fontsize=9)
     row[0].set_xlabel(f"read as {example.before}", fontsize=9)
     row[1].imshow(_image(example.x_adv), vmin=0, vmax=1, cmap="gray")
-    row[1].set_xlabel(f"read as {example.after}" if example.after >= 0 else "read as no class", fontsize=9)
+    row[1].set_xlabel(f"read as {example.after}", fontsize=9)
     row[2].imshow(_image(0.5 + factor * delta), vmin=0, vmax=1, cmap="gray")
     row[2].set_xlabel(f"x{factor}, grey is zero", fontsize=9)
     channels = len(delta)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .networks import DigitsNet
@@ -41,21 +42,23 @@ def load_digits() -> Digits:
     return Digits(x[train], y[train], x[test], y[test])
 
 
-def train_digits(digits: Digits) -> DigitsNet:
+def train_digits(digits: Digits, build: Callable[[], nn.Module] = DigitsNet, epochs: int = EPOCHS) -> nn.Module:
     """Train a network on the training digits: Adam, cross entropy, a few seconds.
 
     Args:
         digits: The data; only its training part is used.
+        build: Makes the network.
+        epochs: How often it sees the data.
 
     Returns:
         The network, in evaluation mode.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        model = DigitsNet()
+        model = build()
     generator = torch.Generator().manual_seed(SEED)
     optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
-    for _ in range(EPOCHS):
+    for _ in range(epochs):
         for rows in torch.randperm(len(digits.train_x), generator=generator).split(BATCH):
             optimizer.zero_grad()
             F.cross_entropy(model(digits.train_x[rows]), digits.train_y[rows]).backward()
