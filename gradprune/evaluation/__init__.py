@@ -2,5 +2,6 @@
 
 from .evaluation import Evaluation, evaluate
 from .records import Record
+from .robust_accuracy import benchmark
 
-__all__ = ["Evaluation", "Record", "evaluate"]
+__all__ = ["Evaluation", "Record", "benchmark", "evaluate"]
