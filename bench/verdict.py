@@ -30,7 +30,7 @@ from .baselines import GRADPRUNE, Baseline
 from .benchmark import WHOLE, Benchmark, Plan, add_budget, add_cases, add_settings, already, chosen_cases, packages_of
 from .cases import SEED, Case, Workload
 from .harness import Budget
-from .report import OTHERS, OURS, SECOND, Bar, circumstances, draw_bars, eps_text, figure, grid, ratio_text, share
+from .report import OTHERS, OURS, SECOND, Bar, circumstances, draw_bars, figure, grid, ratio_text, share
 from .store import Results, Settings
 
 PART = "verdict"
@@ -200,7 +200,8 @@ def prepared(case: Case, settings: Settings) -> Workload:
 def even_after(contest: Contest, record: Attacked, samples: int) -> float | None:
     """From how many samples on a way takes less time than the fastest of Torchattacks, its compilation included."""
     rivals = [contest.measured[one] for one in (TORCHATTACKS_FROZEN, TORCHATTACKS_COMPILED) if one in contest.measured]
-    if record.candidate not in contest.measured or record.compile_seconds is None or not rivals:
+    is_ours = record.candidate in (GRADPRUNE, AUTO) and record.candidate in contest.measured
+    if not is_ours or record.compile_seconds is None or not rivals:
         return None
     needed = []
     for rival in rivals:
@@ -301,7 +302,7 @@ class VerdictBenchmark(Benchmark):
             contests = Contest.all(results.records, PART, case)
             entries = [(one, record) for one in contests for record in one.records if isinstance(record, Judged)]
             records = [record for _, record in entries]
-            radius = f"eps {eps_text(records[0].eps, records[0].eps)}; " if records[0].eps else ""
+            radius = f"eps {figure(records[0].eps)}; " if records[0].eps else ""
             failed = {f"**{one.candidate} failed:** {one.failed} ({one.attack})" for one in records if one.failed}
             rows = ([cell(contest, record) for cell in COLUMNS.values()] for contest, record in entries)
             body += [f"## {case}", radius + circumstances(records), *sorted(failed), grid([*COLUMNS], rows)]
