@@ -228,12 +228,25 @@ def our_contender(
     attack = make(work.case)
     runtime = dataclasses.replace(runtime, autocast=DTYPES[settings.autocast])
     step = whole(lambda x, y: attack(model, x, y, runtime=runtime))
-    return Contender(name, model, step, compiled=runtime.compile)
+    return Contender(name, model, step, compiled=bool(runtime.compile))
 
 
-def _their_contender(
+def their_contender(
     name: str, method: Method, frozen: bool, compiled: bool, work: Workload, settings: Settings
 ) -> Contender:
+    """An attack of Torchattacks, on a model of its own.
+
+    Args:
+        name: Its name in tables.
+        method: Makes the attack.
+        frozen: Whether parameters require no gradient.
+        compiled: Whether ``torch.compile`` of the model is attacked.
+        work: What to attack.
+        settings: Of the run.
+
+    Raises:
+        GradpruneError: It is not installed, or is for other inputs.
+    """
     library = torchattacks()
     if work.x.ndim != 4 or work.case.bounds != (0.0, 1.0):
         raise GradpruneError("Torchattacks attacks images (N, C, H, W) in [0, 1] only")
@@ -259,11 +272,11 @@ def _their_contender(
 def ways(method: Method) -> list[Baseline]:
     """The ways to run one attack, in the order of the tables."""
     return [
-        Baseline("", TORCHATTACKS, partial(_their_contender, TORCHATTACKS, method, False, False), compiles=False),
+        Baseline("", TORCHATTACKS, partial(their_contender, TORCHATTACKS, method, False, False), compiles=False),
         Baseline(
-            "", TORCHATTACKS_FROZEN, partial(_their_contender, TORCHATTACKS_FROZEN, method, True, False), compiles=False
+            "", TORCHATTACKS_FROZEN, partial(their_contender, TORCHATTACKS_FROZEN, method, True, False), compiles=False
         ),
-        Baseline("", TORCHATTACKS_COMPILED, partial(_their_contender, TORCHATTACKS_COMPILED, method, True, True)),
+        Baseline("", TORCHATTACKS_COMPILED, partial(their_contender, TORCHATTACKS_COMPILED, method, True, True)),
         Baseline(
             "",
             UNCOMPILED,

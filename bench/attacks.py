@@ -542,7 +542,8 @@ def measure_active_set(
     if isinstance(make(work.case), AutoAttack):
         chosen[NOTHING_DROPPED] = partial(auto_attack, kind=WholeEnsemble), full
     baselines = [
-        Baseline("", name, partial(our_contender, name, *how), compiles=active.compile) for name, how in chosen.items()
+        Baseline("", name, partial(our_contender, name, *how), compiles=bool(active.compile))
+        for name, how in chosen.items()
     ]
     eps = work.case.eps
     blank = Attacked("active-set", work.case.name, attack, "", eps=eps, norm="linf")

@@ -133,6 +133,37 @@ class MnistCnn(nn.Module):
         return self.linear2(F.relu(self.linear1(x.flatten(1))))  # type: ignore[no-any-return]
 
 
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions with batch norm beside a shortcut (He et al. 2016)."""
+
+    def __init__(self, channels: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, width, 3, stride, 1, bias=False)
+        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.norm1, self.norm2 = nn.BatchNorm2d(width), nn.BatchNorm2d(width)
+        self.shortcut = nn.Identity() if channels == width else nn.Conv2d(channels, width, 1, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """From ``(N, channels, H, W)`` to ``(N, width, H / stride, W / stride)``."""
+        inner = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
+        return F.relu(inner + self.shortcut(x))
+
+
+def _resnet8() -> nn.Module:
+    """The smallest of the ResNets for images of 32 pixels (He et al. 2016, section 4.2): three stages of one block."""
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1, bias=False),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        ResidualBlock(16, 16, 1),
+        ResidualBlock(16, 32, 2),
+        ResidualBlock(32, 64, 2),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(64, 10),
+    )
+
+
 class EncoderLayer(nn.Module):
     """Transformer encoder layer with the norm after the sum (Vaswani et al. 2017; Devlin et al. 2019)."""
 
@@ -236,5 +267,8 @@ TINY = Case("tiny", 1, (3, 8, 8), _tiny)
 SMALL_RESNET = Case("resnet18-32", 16, (3, 32, 32), _small_resnet18, requires="timm")
 """A case of ``bench training``."""
 
-MORE_CASES = (TINY, SMALL_RESNET)
+RESNET8 = Case("resnet8-32", 64, (3, 32, 32), _resnet8)
+"""A case of ``bench verdict``."""
+
+MORE_CASES = (TINY, SMALL_RESNET, RESNET8)
 """What is not part of all cases, and can be named."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -113,7 +114,11 @@ class Square(Attack):
         return result, is_fooled
 
     def share_at(self, step: int) -> float:
-        """Share of the pixels to change at a step."""
+        """Share of the pixels to change at a step.
+
+        It falls with the share of the queries that are spent, as in the paper. The published AutoAttack has the steps
+        of 10,000 queries for its 5000, so that squares never get as small; more samples then stay robust.
+        """
         return self.share / 2.0 ** bisect_left(HALVINGS, int(step / self.queries * 10_000))
 
     def _start(self, x: Tensor, generator: torch.Generator, places: torch.Generator) -> Tensor:
@@ -178,21 +183,28 @@ class Square(Attack):
 
     def _bump(self, size: int, like: Tensor, places: torch.Generator) -> Tensor:
         """A square of two opposed hills, side by side or one above the other, of norm 1 (algorithm 3)."""
-        half = size // 2
-        bump = torch.zeros(size, size)
-        bump[:half] = self._hill(half, size)
-        bump[half:] = -self._hill(size - half, size)
-        bump = bump / _norm(bump, self.norm).clamp(min=1e-12)
+        bump = _hills(size, self.norm, torch.get_default_dtype())
         return (bump.T if _place(1, places) else bump).to(like)
 
-    def _hill(self, height: int, width: int) -> Tensor:
-        """Rectangles around the middle, the smaller the higher."""
-        hill = torch.zeros(height, width)
-        middle = height // 2 + 1, width // 2 + 1
-        for ring in range(max(middle)):
-            top, left = middle[0] - 1 - ring, middle[1] - 1 - ring
-            hill[max(top, 0) : top + 2 * ring + 1, max(left, 0) : left + 2 * ring + 1] += 1 / (ring + 1) ** 2
-        return hill / _norm(hill, self.norm).clamp(min=1e-12)
+
+@cache
+def _hills(size: int, norm: NormName, dtype: torch.dtype) -> Tensor:
+    """Two opposed hills, one above the other; of few sizes, each asked for in many queries."""
+    half = size // 2
+    bump = torch.zeros(size, size, dtype=dtype)
+    bump[:half] = _hill(half, size, norm, dtype)
+    bump[half:] = -_hill(size - half, size, norm, dtype)
+    return bump / _norm(bump, norm).clamp(min=1e-12)
+
+
+def _hill(height: int, width: int, norm: NormName, dtype: torch.dtype) -> Tensor:
+    """Rectangles around the middle, the smaller the higher."""
+    hill = torch.zeros(height, width, dtype=dtype)
+    middle = height // 2 + 1, width // 2 + 1
+    for ring in range(max(middle)):
+        top, left = middle[0] - 1 - ring, middle[1] - 1 - ring
+        hill[max(top, 0) : top + 2 * ring + 1, max(left, 0) : left + 2 * ring + 1] += 1 / (ring + 1) ** 2
+    return hill / _norm(hill, norm).clamp(min=1e-12)
 
 
 def _norm(values: Tensor, name: NormName) -> Tensor:

@@ -25,6 +25,7 @@ from gradprune.bench.scaling import ScalingBenchmark
 from gradprune.bench.step import OverheadBenchmark, StepBenchmark
 from gradprune.bench.store import Results, Settings
 from gradprune.bench.training import TrainingBenchmark
+from gradprune.bench.verdict import VerdictBenchmark
 from gradprune.errors import GradpruneError, OptionError
 from gradprune.support.figures import save_figure
 from gradprune.support.files import write_text
@@ -46,8 +47,9 @@ Measure one step of PGD in the Linf ball, on random weights and random inputs, e
 All run in turn in one process. Each is first checked against float64 at two points and with x_adv = x; what fails is
 shown as failed and not timed. Everything is written as raw JSON with the environment, a Markdown table and a plot.
 
-"attacks" runs whole attacks instead, beside the same ones of Torchattacks where that is installed. "training" runs
-iterations of adversarial training: attack, forward and backward pass, update. "objectives" trains with each.
+"attacks" runs whole attacks instead, beside the same ones of Torchattacks where that is installed, and "verdict" those
+that robust accuracies are reported with. "training" runs iterations of adversarial training: attack, forward and
+backward pass, update. "objectives" trains with each.
 """
 
 EPILOG = """\
@@ -59,6 +61,7 @@ examples:
   gradprune bench scaling --cases resnet50-112 --batches 1 8 64
   gradprune bench ablation --cases resnet18-112-b8            each pass off in turn
   gradprune bench attacks --cases mnist-cnn --attacks pgd-50  one whole attack, and the other two tables
+  gradprune bench verdict --cases resnet8-32 --steps 10 --queries 100   a short AutoAttack, PGD and APGD
   gradprune bench training --threads 2                        adversarial training by attack steps; 25 minutes
   gradprune bench training --cases mnist-cnn --attack-steps 7 one network, one number of steps
   gradprune bench objectives --objectives plain pgd fast      train with three of the objectives
@@ -78,6 +81,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         CompileBenchmark(),
         KernelsBenchmark(),
         AttacksBenchmark(),
+        VerdictBenchmark(),
         TrainingBenchmark(),
         ObjectivesBenchmark(),
     )

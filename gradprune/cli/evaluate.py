@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from gradprune.attacks.registry import DEFAULT_STEP_SIZE, AttackOptions, build_attacks
 from gradprune.errors import OptionError
@@ -32,6 +32,8 @@ from .options import (
     parse_step_size,
     prepare_directory,
 )
+
+COMPILE: dict[str, bool | Literal["auto"]] = {"always": True, "auto": "auto", "never": False}
 
 NAMES = """\
 models (--model):
@@ -121,7 +123,13 @@ def add_options(parser: argparse.ArgumentParser, *, several: bool) -> None:
     group.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     group.add_argument("--batch-size", type=parse_whole, default=128, metavar="N", help="(default: %(default)s)")
     group.add_argument("--autocast", choices=AUTOCAST, help="type to run the model in (default: float32)")
-    group.add_argument("--no-compile", action="store_true", help="run eagerly: sooner for a few steps (default: off)")
+    group.add_argument(
+        "--compile",
+        choices=COMPILE,
+        default="always",
+        help="always; never, which is sooner for a few steps; or auto, once it has paid (default: %(default)s)",
+    )
+    group.add_argument("--no-compile", action="store_const", const="never", dest="compile", help="--compile never")
     default = "evaluation" if several else "adversarial"
     group.add_argument("--output", type=Path, default=Path(default), metavar="DIR", help="(default: %(default)s)")
     if several:
@@ -154,7 +162,7 @@ def prepared(arguments: argparse.Namespace) -> Iterator[Evaluation]:
     check_modules({"matplotlib", "tqdm", *modules_of(arguments.model, arguments.data)})
     from gradprune.support.progress import stage  # imports tqdm, an optional dependency
 
-    if not arguments.no_compile:
+    if COMPILE[arguments.compile]:
         check_compiler()
     prepare_directory(arguments.output)
     with started() as ranks:
@@ -173,7 +181,7 @@ def prepared(arguments: argparse.Namespace) -> Iterator[Evaluation]:
             bounds=options.bounds,
             seed=arguments.seed,
             autocast=autocast_type(arguments.autocast),
-            compile=not arguments.no_compile,
+            compile=COMPILE[arguments.compile],
             name=_model_name(arguments),
             ranks=ranks,
         )

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -81,7 +81,7 @@ class Evaluation:
         bounds: tuple[float, float] = (0.0, 1.0),
         seed: int = 0,
         autocast: torch.dtype | None = None,
-        compile: bool = True,
+        compile: bool | Literal["auto"] = True,
         name: str | None = None,
         ranks: Ranks = Ranks(),  # noqa: B008
     ) -> Evaluation:
@@ -97,7 +97,7 @@ class Evaluation:
             bounds: Smallest and largest valid input.
             seed: Of all random numbers.
             autocast: Type to run the model in.
-            compile: Compile the attacks with gradprune.
+            compile: Compile the attacks with gradprune; ``"auto"`` as in ``Runtime``.
             name: The model's in tables; by default that of its class.
             ranks: The processes that share the work.
 

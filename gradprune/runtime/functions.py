@@ -11,7 +11,7 @@ batch norm in training mode breaks: then a batch is computed as it is.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from types import FunctionType
 from typing import Any
@@ -96,17 +96,13 @@ class Sized:
         if self._compile_one is None and (batch is None or len(x) <= batch):
             return self._function(model, x, *others)
         if not separable:
-            return self._of_size(len(x))(model, x, *others)
+            return self.of_size(len(x))(model, x, *others)
         self._largest = max(self._largest, batch or len(x))
         pieces = [
-            self._padded(size, model, x[begin:end], *(_rows(other, begin, end) for other in others))
+            self.padded(size, model, x[begin:end], *(rows_of(other, begin, end) for other in others))
             for size, begin, end in self._cuts(len(x), small_size(self._largest, x.device))
         ]
-        if len(pieces) == 1:
-            return pieces[0]
-        if isinstance(pieces[0], Tensor):
-            return torch.cat(pieces)
-        return tuple(torch.cat(parts) for parts in zip(*pieces, strict=True))
+        return joined(pieces)
 
     def _cuts(self, rows: int, small: int) -> Iterator[tuple[int, int, int]]:
         """How ``rows`` rows are cut: size computed, first row, row behind the last."""
@@ -117,15 +113,17 @@ class Sized:
             yield size, begin, begin + min(size, left)
             begin += size
 
-    def _padded(self, size: int, model: Model, x: Tensor, *others: Tensor) -> Any:
+    def padded(self, size: int, model: Model, x: Tensor, *others: Tensor) -> Any:
+        """Call the function that is compiled for ``size`` rows on that many or fewer."""
         missing = size - len(x)
         if missing:
             rows = len(x)
-            result = self._of_size(size)(model, *(_filled(value, missing) for value in (x, *others)))
+            result = self.of_size(size)(model, *(filled(value, missing) for value in (x, *others)))
             return result[:rows] if isinstance(result, Tensor) else tuple(part[:rows] for part in result)
-        return self._of_size(size)(model, x, *others)
+        return self.of_size(size)(model, x, *others)
 
-    def _of_size(self, size: int) -> Any:
+    def of_size(self, size: int) -> Any:
+        """The function for so many rows, compiled if it has not been."""
         if self._compile_one is None:
             return self._function
         if size not in self._compiled:
@@ -137,12 +135,23 @@ class Sized:
         return self._compiled[size]
 
 
-def _rows(value: Tensor, begin: int, end: int) -> Tensor:
+def joined(pieces: Sequence[Any]) -> Any:
+    """One result of several for some rows each."""
+    if len(pieces) == 1:
+        return pieces[0]
+    if isinstance(pieces[0], Tensor):
+        return torch.cat(list(pieces))
+    return tuple(torch.cat(parts) for parts in zip(*pieces, strict=True))
+
+
+def rows_of(value: Tensor, begin: int, end: int) -> Tensor:
+    """Some rows of an argument; all of a scalar."""
     return value[begin:end] if value.ndim else value
 
 
-def _filled(value: Tensor, missing: int) -> Tensor:
-    if not value.ndim:
+def filled(value: Tensor, missing: int) -> Tensor:
+    """An argument with ``missing`` copies of its first row at the end."""
+    if not value.ndim or not missing:
         return value
     return torch.cat([value, value[:1].expand(missing, *value.shape[1:])])
 

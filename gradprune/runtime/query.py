@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from gradprune.errors import AttackError, OptionError, unknown
 from .functions import Answer, Functions, Sized, compiler, gradient_function, logits_function, original
 from .guard import Mode, unchanged
 from .losses import LABEL_LOSSES, Loss, kl, label_losses
+from .measured import Measured
 
 T = TypeVar("T")
 
@@ -33,7 +34,10 @@ class Runtime:
 
     Attributes:
         compile: Compile with gradprune. The first attack on a model then takes a compilation, of seconds to minutes; on
-            a model that is attacked for a few steps only, ``False`` (eager, with frozen weights) is faster.
+            a model that is attacked for a few steps only, ``False`` (eager, with frozen weights) is faster. ``"auto"``
+            begins eagerly, compiles what has been called for as long as compiling takes, and calls what it has measured
+            to be faster for each number of rows. When it does depends on the clock: results of two runs may differ by
+            rounding, from which an attack that compares losses may go another way.
         autocast: Type to run the model in (``torch.float16``, ``torch.bfloat16``); perturbations stay float32.
         mode: ``"eval"`` attacks the model in evaluation mode. ``"keep"`` leaves every module in its mode, such as batch
             norm in training mode; buffers are restored afterwards, and samples, which then see each other, all stay.
@@ -43,7 +47,7 @@ class Runtime:
         options: For the compilation, see ``gradprune.Options``.
     """
 
-    compile: bool = True
+    compile: bool | Literal["auto"] = True
     autocast: torch.dtype | None = None
     mode: Mode = "eval"
     active_set: bool = True
@@ -52,6 +56,8 @@ class Runtime:
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.compile not in (True, False, "auto"):
+            raise OptionError(f'compile has to be True, False or "auto", not {self.compile!r}')
         if self.mode not in ("eval", "keep"):
             raise OptionError(unknown("mode", self.mode, ["eval", "keep"]))
         if self.autocast not in (None, torch.float16, torch.bfloat16):
@@ -135,7 +141,7 @@ class Query:
         key = "logits", *self._key(x)
 
         def make() -> Sized:
-            return Sized(logits_function(self.runtime.autocast), self._compiler(forward_only=True))
+            return self._sized(logits_function(self.runtime.autocast), forward_only=True)
 
         function = self._functions.get(key, make)
         return function(self._model, x, separable=self.separable, batch=self._batch)  # type: ignore[no-any-return]
@@ -165,13 +171,16 @@ class Query:
     def _call(self, key: Any, loss: Callable[..., Tensor], x: Tensor, *others: Tensor) -> Answer:
 
         def make() -> Sized:
-            return Sized(gradient_function(loss, self.runtime.autocast), self._compiler())
+            return self._sized(gradient_function(loss, self.runtime.autocast))
 
         function = self._functions.get((key, *self._key(x)), make)
         return function(self._model, x, *others, separable=self.separable, batch=self._batch)  # type: ignore[no-any-return]
 
-    def _compiler(self, *, forward_only: bool = False) -> Callable[[Any], Any] | None:
-        return compiler(self.runtime.options, forward_only=forward_only) if self.runtime.compile else None
+    def _sized(self, function: Any, *, forward_only: bool = False) -> Sized:
+        if not self.runtime.compile:
+            return Sized(function, None)
+        compile_one = compiler(self.runtime.options, forward_only=forward_only)
+        return (Measured if self.runtime.compile == "auto" else Sized)(function, compile_one)
 
     def _key(self, x: Tensor) -> tuple[Any, ...]:
         """What a compiled function is specialised to, apart from the size of the batch."""

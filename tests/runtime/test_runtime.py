@@ -349,6 +349,7 @@ def test_samples_that_are_fooled_leave():
     ("arguments", "message"),
     [
         ({"mode": "train"}, "no mode 'train'"),
+        ({"compile": "always"}, 'compile has to be True, False or "auto"'),
         ({"batch_size": 0}, "batch_size has to be at least 1"),
         ({"autocast": torch.float64}, "autocast has to be"),
         ({"options": {"strictt": True}}, "did you mean 'strict'"),
