@@ -17,6 +17,7 @@ from gradprune.ops import winograd
 from gradprune.passes.pipeline import PassRecord, kept_operators, run_passes
 from gradprune.passes.winograd_convolutions import winograd_convolutions
 from gradprune.torch_compat import aot, dynamo, inductor, probe
+from gradprune.torch_compat.codegen import quick_codegen
 from gradprune.torch_compat.instructions import find_early
 from gradprune.torch_compat.kernels import compiling_together
 
@@ -189,7 +190,7 @@ def _told(compilation: Compilation) -> InnerCompile:
         part = "step" if compilation.capture.form == "step" else "forward"
         part = "backward" if kwargs.get("is_backward") else part
         compilation.tell("compiling", part, gm.graph)
-        with compiling_together():
+        with compiling_together(), quick_codegen():
             compiled = compilation.inner_compile(gm, inputs, **kwargs)
         compilation.tell("compiled", part, compiled)
         return compiled
