@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from gradprune.support.progress import stage
 from .baselines import Baseline, choose, for_case
 from .benchmark import Benchmark, Plan, add_cases, add_settings, already, chosen_cases, packages_of
 from .cases import Case, find_case
-from .harness import configured, synchronize
+from .harness import configured, load_average, synchronize
 from .report import SECOND, Bar, draw_bars, failures, figure, grid
 from .step import Record
 from .store import Results, Settings
@@ -29,11 +29,25 @@ CACHES = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton", "
 """What says where the caches are; Inductor keeps precompiled headers with the temporary files."""
 
 
-def measure_first_step(case: Case, baseline: Baseline, settings: Settings) -> Record:
+@dataclass(frozen=True)
+class FirstStep(Record):
+    """The first step of one candidate.
+
+    Attributes:
+        cold_processor_seconds: What all processors spent on it, in this process and in compilers, with empty caches.
+            Unlike the duration, it hardly depends on what else the machine does.
+        warm_processor_seconds: The same with the caches that an earlier process left.
+    """
+
+    cold_processor_seconds: float | None = None
+    warm_processor_seconds: float | None = None
+
+
+def measure_first_step(case: Case, baseline: Baseline, settings: Settings) -> FirstStep:
     """Run the first step of one candidate in two processes, one after the other."""
     asked = json.dumps({"case": case.name, "baseline": baseline.key, "settings": asdict(settings)})
     search = os.pathsep.join(filter(None, (str(Path(gradprune.__file__).parents[1]), os.environ.get("PYTHONPATH"))))
-    seconds = []
+    seconds, processor_seconds, load = [], [], load_average()
     with tempfile.TemporaryDirectory(prefix="gradprune-bench-") as folder:
         places = {name: os.path.join(folder, below) for name, below in CACHES.items()}
         for place in places.values():
@@ -45,13 +59,28 @@ def measure_first_step(case: Case, baseline: Baseline, settings: Settings) -> Re
                 done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
             if done.returncode:
                 last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-                return Record(case.name, baseline.name, failed=f"{when}: {last}")
-            seconds.append(float(done.stdout.split()[-1]))
-    return Record(case.name, baseline.name, cold_seconds=seconds[0], warm_seconds=seconds[1])
+                return FirstStep(case.name, baseline.name, failed=f"{when}: {last}")
+            duration, spent = map(float, done.stdout.split()[-2:])
+            seconds.append(duration)
+            processor_seconds.append(spent)
+    return FirstStep(
+        case.name,
+        baseline.name,
+        cold_seconds=seconds[0],
+        warm_seconds=seconds[1],
+        load=load,
+        cold_processor_seconds=processor_seconds[0],
+        warm_processor_seconds=processor_seconds[1],
+    )
+
+
+def _processor_seconds() -> float:
+    """What this process and those it waited for have spent."""
+    return sum(os.times()[:4])
 
 
 def main() -> None:
-    """Build what the argument names, take one step, print how many seconds that took."""
+    """Build what the argument names, take one step, print how many seconds that took, and how many processors spent."""
     asked = json.loads(sys.argv[1])
     settings = Settings(**asked["settings"])
     (baseline,) = choose([asked["baseline"]], settings.device)
@@ -60,10 +89,10 @@ def main() -> None:
         contender = baseline.build(work, settings)
         x_adv = work.case.inputs(1).to(work.x)  # see Note [Distinct tensors]
         with contender.context():
-            started = time.perf_counter()
+            started, spent = time.perf_counter(), _processor_seconds()
             contender.step(x_adv, work.x, work.y)
             synchronize(settings.device)
-            print(time.perf_counter() - started)
+            print(time.perf_counter() - started, _processor_seconds() - spent)
 
 
 class CompileBenchmark(Benchmark):
@@ -71,11 +100,13 @@ class CompileBenchmark(Benchmark):
 
     name = "compile"
     help = "seconds until the first step has run, with empty and with filled caches, in processes of their own"
-    record = Record
+    record = FirstStep
     legend = """\
 - Seconds from the call of the first step until it has run, in a process of its own: cold with empty disk caches, warm
   with those that the cold process left. Importing torch and building the model are not part of it, importing the
-  compiler is."""
+  compiler is.
+- Processor seconds are those of the process and of the compilers that it started, on all cores together. They hardly
+  depend on what else the machine does; the duration does. The load is that of the machine when it began."""
 
     def add_options(self, parser: argparse.ArgumentParser) -> None:
         """As ``Benchmark.add_options``."""
@@ -88,7 +119,7 @@ class CompileBenchmark(Benchmark):
         """As ``Benchmark.plans``."""
         cases, baselines = chosen_cases(arguments), choose(arguments.candidates, settings.device)
 
-        def measure(results: Results[Record]) -> None:
+        def measure(results: Results[FirstStep]) -> None:
             for case in cases:
                 wanted = for_case(baselines, case)
                 missing = results.missing(case.name, [baseline.name for baseline in wanted])
@@ -102,9 +133,18 @@ class CompileBenchmark(Benchmark):
 
     def sections(self, results: Results[Any]) -> list[str]:
         """As ``Benchmark.sections``."""
-        head = ["case", "candidate", "cold s", "warm s"]
+        head = ["case", "candidate", "cold s", "warm s", "cold processor s", "warm processor s", "load"]
         rows = (
-            [one.case, one.candidate, figure(one.cold_seconds), figure(one.warm_seconds)] for one in results.records
+            [
+                one.case,
+                one.candidate,
+                figure(one.cold_seconds),
+                figure(one.warm_seconds),
+                figure(one.cold_processor_seconds),
+                figure(one.warm_processor_seconds),
+                figure(one.load),
+            ]
+            for one in results.records
         )
         return [grid(head, rows), *failures(results.records)]
 

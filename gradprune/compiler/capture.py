@@ -7,7 +7,7 @@ ATen graph; the one change made here is to bring weight gradients to where the A
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -209,9 +209,11 @@ def _prepare_step(gm: fx.GraphModule, calls: list[fx.Node]) -> Capture:
     names = frozenset(call.name for call in calls)
     prepared = Capture("step", roles, gradient_calls=names, visible_outputs=len(_graph_outputs(graph)))
     optimized = optimized_parameters()
-    _mark_explicit_weight_gradients(graph, calls, weights, prepared)
+    items, slots = _gradient_items(calls), _slots(placeholders)
+    _mark_explicit_weight_gradients(graph, items, weights, prepared)
     for weight in weights:
-        _expose_accumulated_gradient(graph, weight, calls, prepared, optimized)
+        slots_of_weight = slots.get(getattr(weight, "_dynamo_source", None), [])
+        _expose_accumulated_gradient(graph, weight, items.get(weight, []), slots_of_weight, prepared, optimized)
     _detach_inside_functorch(graph, weights.difference(leaves))
     return prepared
 
@@ -227,24 +229,24 @@ def _training_message(calls: list[fx.Node]) -> str:
     )
 
 
-def _gradient_items(calls: list[fx.Node], wanted: fx.Node) -> list[fx.Node]:
-    """The nodes that hold the gradient of ``wanted``, one for each call that takes it."""
-    items = []
+def _gradient_items(calls: list[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
+    """The nodes that hold the gradient of a value, one for each call that takes it, by the value."""
+    items: dict[fx.Node, list[fx.Node]] = {}
     for call in calls:
         inputs = _differentiated(call)
         for user in call.users:
-            if user.target is operator.getitem and inputs[user.args[1]] is wanted:  # type: ignore[index]
-                items.append(user)
+            if user.target is operator.getitem:
+                items.setdefault(inputs[user.args[1]], []).append(user)  # type: ignore[index]
     return items
 
 
 def _mark_explicit_weight_gradients(
-    graph: fx.Graph, calls: list[fx.Node], weights: Iterable[fx.Node], prepared: Capture
+    graph: fx.Graph, items: Mapping[fx.Node, list[fx.Node]], weights: Iterable[fx.Node], prepared: Capture
 ) -> None:
     """A weight gradient that the step returns was asked for, so it is computed and reported."""
     outputs = _graph_outputs(graph)
     for weight in weights:
-        for item in _gradient_items(calls, weight):
+        for item in items.get(weight, []):
             for position, value in enumerate(outputs):
                 if value is item:
                     prepared.outputs[position] = OutputRole.KEPT_WEIGHT_GRAD
@@ -252,7 +254,12 @@ def _mark_explicit_weight_gradients(
 
 
 def _expose_accumulated_gradient(
-    graph: fx.Graph, weight: fx.Node, calls: list[fx.Node], prepared: Capture, optimized: list[Any]
+    graph: fx.Graph,
+    weight: fx.Node,
+    items: list[fx.Node],
+    slots: list[fx.Node],
+    prepared: Capture,
+    optimized: list[Any],
 ) -> None:
     """Turn the accumulation of a weight's gradient into ``weight.grad`` into graph outputs with role WEIGHT_GRAD.
 
@@ -263,13 +270,12 @@ def _expose_accumulated_gradient(
 
     If nothing else reads the buffers, the ``add_`` is erased, so that an existing ``weight.grad`` stays untouched, and
     ``new`` becomes an output that the passes drop. Anything unexpected leaves all of it as it is: not recognised means
-    computed, never dropped. Neither is what an optimizer waits for, whose parameters are ``optimized``.
+    computed, never dropped. Neither is what an optimizer waits for, whose parameters are ``optimized``. The weight's
+    gradients are ``items``, the inputs that are its ``.grad`` are ``slots``.
     """
-    items = _gradient_items(calls, weight)
     buffers = [
         user.args[0] for item in items for user in item.users if _is_method(user, "copy_") and user.args[1] is item
     ]
-    slots = [node for node in _placeholders(graph) if _is_grad_of(node, weight)]
     accumulators: list[fx.Node] = [*buffers, *slots]  # type: ignore[list-item]
     if not buffers or any(buffer.target is not torch.empty_like for buffer in buffers):  # type: ignore[union-attr]
         return
@@ -316,9 +322,14 @@ def _is_method(node: fx.Node, name: str) -> bool:
     return node.op == "call_method" and node.target == name
 
 
-def _is_grad_of(placeholder: fx.Node, weight: fx.Node) -> bool:
-    owner = module_state_of_grad(placeholder)
-    return owner is not None and owner == getattr(weight, "_dynamo_source", None)
+def _slots(placeholders: Iterable[fx.Node]) -> dict[Any, list[fx.Node]]:
+    """The ``.grad`` of weights among the inputs, by the source of the weight."""
+    slots: dict[Any, list[fx.Node]] = {}
+    for node in placeholders:
+        owner = module_state_of_grad(node)
+        if owner is not None:
+            slots.setdefault(owner, []).append(node)
+    return slots
 
 
 def _detach_inside_functorch(graph: fx.Graph, weights: Iterable[fx.Node]) -> None:

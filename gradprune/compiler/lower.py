@@ -16,7 +16,8 @@ from gradprune.graph.step_graph import InputRole
 from gradprune.ops import winograd
 from gradprune.passes.pipeline import PassRecord, kept_operators, run_passes
 from gradprune.passes.winograd_convolutions import winograd_convolutions
-from gradprune.torch_compat import aot, dynamo, inductor, probe
+from gradprune.torch_compat import aot, background, dynamo, inductor, probe
+from gradprune.torch_compat.codegen import quick_codegen
 from gradprune.torch_compat.instructions import find_early
 from gradprune.torch_compat.kernels import compiling_together
 
@@ -60,8 +61,6 @@ def compile_graph(
         GradpruneError: As the backend does.
     """
     probe.warn()
-    if not any(devices.on_gpu(one) for one in example_inputs if isinstance(one, torch.Tensor)):
-        find_early()
     dynamo.forget_sources_of_constants()
     compilation = Compilation(options, listeners, inner_compile, run_prologue)
     compilation.tell("captured", gm.graph, example_inputs)
@@ -70,6 +69,8 @@ def compile_graph(
     except BaseException as error:
         compilation.tell("abandoned", error)
         raise
+    finally:
+        background.wait()  # what is left of it may lose the folder it compiles in
     compilation.tell("finished")
     return compiled
 
@@ -88,7 +89,10 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], compilation: Com
         compilation.tell("classified", "model")
         return _compile_fx(gm, example_inputs, _told(compilation), options.inductor_settings)
     compilation.tell("classified", compilation.capture.form)
-    _begin_to_compile_kernels(gm.graph, compilation)
+    if compilation.run_prologue and not any(
+        devices.on_gpu(one) for one in example_inputs if isinstance(one, torch.Tensor)
+    ):
+        _begin_to_compile(gm.graph, compilation)
     is_checked = options.check != "never" and compilation.run_prologue
     captured = without_metadata(gm) if is_checked else None
     compiled: Callback
@@ -111,8 +115,9 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], compilation: Com
     return with_calling_convention(compiled, compilation.capture)
 
 
-def _begin_to_compile_kernels(graph: fx.Graph, compilation: Compilation) -> None:
-    """Have what the passes will ask for be compiled while the graph is traced."""
+def _begin_to_compile(graph: fx.Graph, compilation: Compilation) -> None:
+    """Have what Inductor and the passes will ask for be compiled while the graph is traced."""
+    find_early()
     weights = [node.args[1] for node in graph.find_nodes(op="call_function", target=torch.conv2d) if len(node.args) > 1]
     shapes = [weight.meta["example_value"].shape[2:] for weight in weights if isinstance(weight, fx.Node)]
     if (3, 3) in shapes and winograd_convolutions in compilation.passes:
@@ -189,7 +194,7 @@ def _told(compilation: Compilation) -> InnerCompile:
         part = "step" if compilation.capture.form == "step" else "forward"
         part = "backward" if kwargs.get("is_backward") else part
         compilation.tell("compiling", part, gm.graph)
-        with compiling_together():
+        with compiling_together(), quick_codegen():
             compiled = compilation.inner_compile(gm, inputs, **kwargs)
         compilation.tell("compiled", part, compiled)
         return compiled

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from gradprune.support.environment import cpu_name, onednn_version
+from gradprune.torch_compat import background
 from gradprune.torch_compat.aot import without_modes
 from gradprune.torch_compat.inductor import inductor_cache_dir
 
@@ -63,6 +64,7 @@ def is_faster(what: str, make: Callable[[], tuple[Callable[[], object], Callable
         unmeasured.append(what)
         return False
     if key not in _answers:
+        background.wait()  # a compiler would slow one of the two down
         with without_modes(), torch.no_grad(), torch.random.fork_rng(devices=[]):
             candidate, baseline = make()
             ratio = _shortest(baseline) / _shortest(candidate)

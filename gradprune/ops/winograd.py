@@ -16,7 +16,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from gradprune.torch_compat.aot import without_modes
+from gradprune.torch_compat.background import begin
 from gradprune.torch_compat.kernels import compile_cpp
 from gradprune.torch_compat.lowering import fallback_handler, ir, register_lowering
 
@@ -201,7 +202,7 @@ def _gemm() -> int:
 
 @functools.cache
 def _compile(arguments: tuple[str, ...], source: str) -> Future[Callable[..., None]]:
-    return ThreadPoolExecutor(1, "gradprune-winograd").submit(compile_cpp, arguments, source)
+    return begin(compile_cpp, arguments, source)
 
 
 if hasattr(os, "register_at_fork"):

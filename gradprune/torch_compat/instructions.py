@@ -12,11 +12,13 @@ import os
 import platform
 import sys
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
 
 from torch._inductor import config, cpu_vec_isa
+
+from .background import begin
 
 _usual = cpu_vec_isa.valid_vec_isa_list
 
@@ -30,7 +32,7 @@ def _find() -> list[Any]:
 @functools.cache
 def find_early() -> Future[list[Any]]:
     """Begin to find out which instructions there are."""
-    return ThreadPoolExecutor(1, "gradprune-instructions").submit(_find)
+    return begin(_find)
 
 
 if hasattr(os, "register_at_fork"):

@@ -56,6 +56,7 @@ _NO_ROLES = "weights cannot be told from data, and nothing is pruned"
 _NOT_TOLD = "what is not compiled runs eagerly without a word"
 _NO_REPORT = "gradprune.reports finds nothing"
 _NO_PASSES = "passes do not run"
+_SLOW = "compilations take longer"
 _WRONG_METADATA = "steps with absent outputs, or models whose graph is kept, fail when they run"
 
 _DYNAMO, _AOT, _INDUCTOR = "torch._dynamo", "torch._functorch._aot_autograd", "torch._inductor"
@@ -97,10 +98,12 @@ EXPECTED: tuple[tuple[str, tuple[str, ...], str], ...] = (
         "kernels do not compile",
     ),
     (f"{_INDUCTOR}.async_compile:AsyncCompile", ("cpp_pybinding", "wait", "submit"), "kernels compile one by one"),
+    (f"{_INDUCTOR}.codegen.cpp", ("stride_at_vec_range",), _SLOW),
+    (f"{_INDUCTOR}.dtype_propagation:DtypePropagationOpsHandler", ("_instance",), _SLOW),
     (
         f"{_INDUCTOR}.cpu_vec_isa",
         ("valid_vec_isa_list", "supported_vec_isa_list", "x86_isa_checker"),
-        "the first compilation takes longer",
+        _SLOW,
     ),
     (
         "torch._C",

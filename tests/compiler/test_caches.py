@@ -169,3 +169,14 @@ def test_a_pass_of_the_users_own_still_runs(no_code: None):
         _, report = compile_again()
     assert own.graphs == 1
     assert report.passes
+
+
+def test_cache_artifacts_are_taken_to_another_machine():
+    compile_again()
+    saved = torch.compiler.save_cache_artifacts()
+    assert saved is not None
+    with fresh_cache():
+        assert compile_again()[0] == {"hit": 0, "miss": 1, "bypass": 0}
+    with fresh_cache():
+        torch.compiler.load_cache_artifacts(saved[0])
+        assert compile_again()[0] == {"hit": 1, "miss": 0, "bypass": 0}
