@@ -22,12 +22,13 @@ import torch
 from torch import Tensor, fx
 
 from gradprune.graph.editing import copy_graph
-from gradprune.graph.step_graph import InputRole, OutputRole
+from gradprune.graph.step_graph import InputRole, OutputRole, set_outputs
 from gradprune.torch_compat import aot, dynamo
 
 from .events import Fallback
 
 if TYPE_CHECKING:
+    from .capture import Capture
     from .compilation import Callback, Compilation
 
 LIMITS = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 3e-3}
@@ -54,14 +55,14 @@ class FirstCall:
 
     Args:
         compiled: What was compiled, returning what Dynamo expects and, behind it, what was added for the passes.
-        captured: The graph as Dynamo captured it, with weight gradients among its outputs.
+        captured: The graph as Dynamo captured it.
         compilation: The compilation of it.
         seconds: How long it took.
     """
 
     def __init__(self, compiled: Callback, captured: fx.GraphModule, compilation: Compilation, seconds: float) -> None:
         self._compiled = compiled
-        self._captured: fx.GraphModule | None = captured
+        self._captured: fx.GraphModule | None = _without_weight_gradients(captured, compilation.capture)
         self._compilation = compilation
         self._seconds = seconds
         self._roles = compilation.capture.inputs
@@ -81,10 +82,8 @@ class FirstCall:
 
     def _run_captured(self, captured: fx.GraphModule, args: Sequence[Any]) -> list[Any]:
         """Run the captured graph, and leave the ``.grad`` of weights alone as what was compiled would."""
-        capture = self._compilation.capture
-        if capture.form == "step":
-            dropped = {position for position, role in capture.outputs.items() if role is OutputRole.WEIGHT_GRAD}
-            return [None if position in dropped else output for position, output in enumerate(captured(*args))]
+        if self._compilation.capture.form == "step":
+            return list(captured(*args))
         inputs = [
             arg.detach() if role is InputRole.WEIGHT else arg for arg, role in zip(args, self._roles, strict=True)
         ]
@@ -247,6 +246,16 @@ def _distance(value: Tensor, reference: Tensor) -> float:
     norm = float(torch.where(same & ~reference.isfinite(), 0.0, reference).norm())
     distance = difference / norm if norm else float("inf")
     return distance if distance == distance else float("inf")
+
+
+def _without_weight_gradients(captured: fx.GraphModule, capture: Capture) -> fx.GraphModule:
+    """A step that returns none, which is not to hold more memory than it would in eager mode."""
+    outputs = captured.graph.output_node().args[0]
+    if capture.form == "step" and isinstance(outputs, (tuple, list)):
+        dropped = {position for position, role in capture.outputs.items() if role is OutputRole.WEIGHT_GRAD}
+        set_outputs(captured.graph, [None if at in dropped else output for at, output in enumerate(outputs)])
+        captured.recompile()
+    return captured
 
 
 def without_metadata(gm: fx.GraphModule) -> fx.GraphModule:
