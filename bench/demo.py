@@ -55,7 +55,7 @@ LEGEND = """\
 - GFLOP: convolutions and matrix products of one step.
 - saved MB: alive from the forward to the backward pass of one step. The weights themselves are not counted; copies of
   them that a candidate saves are.
-- gradient error: max |g - g64| / max |g64|, then the same in the Euclidean norm, against float64; the worst of three
+- gradient error: max |g - g64| / max |g64|, then the same in the Euclidean norm, against float64; the worst of two
   points. A ReLU whose input rounds to the other side of zero takes the other branch. Of the millions in a deep network
   a handful does, in eager mode too, which is enough for an error of percents.
 - pixels off: share of the adversarial values that differ by more than 1e-6 from those of frozen eager. sign() makes a
@@ -216,7 +216,8 @@ def measure(steps: int, batch: int, size: int, rounds: int, *, threads: int, qui
         for shown in all_shown:
             shown.steps = steps
             budget = Budget(rounds if shown.keys is KEYS else 1, float("inf"))
-            shown.records = measure_workload(shown.work, choose(shown.keys, "cpu"), settings, budget, shown.take)
+            candidates = choose(shown.keys, "cpu")
+            shown.records = measure_workload(shown.work, candidates, settings, budget, shown.take, same=False)
     return all_shown
 
 

@@ -207,7 +207,7 @@ class Reference:
     Attributes:
         work: The case.
         points: Pairs of an ``x_adv`` and the float64 gradient there. Two are drawn like the clean inputs, where the
-            gradient is another one altogether; the last ``x_adv`` is the tensor of clean inputs itself.
+            gradient is another one altogether; the last ``x_adv``, if asked for, is the tensor of clean inputs itself.
         errors: Largest gradient errors of eager with the same settings, in the maximum and the Euclidean norm.
         tolerance: Largest allowed error in the Euclidean norm.
         adversarial: Adversarial examples of eager.
@@ -220,13 +220,13 @@ class Reference:
     adversarial: Tensor
 
     @staticmethod
-    def of(work: Workload, settings: Settings) -> Reference:
-        """Compute it with eager autograd."""
+    def of(work: Workload, settings: Settings, *, same: bool = True) -> Reference:
+        """Compute it with eager autograd; ``same``: also where ``x_adv`` is the tensor of clean inputs."""
         case, x, y = work.case, work.x, work.y
         exact = pgd_step(copy.deepcopy(work.model).double().requires_grad_(False), case)
         eager = pgd_step(copy.deepcopy(work.model).requires_grad_(False), case, DTYPES[settings.autocast])
         drawn = [torch.empty_like(x).copy_(case.inputs(seed)) for seed in POINT_SEEDS]
-        points = [(x_adv, exact(x_adv.double(), x.double(), y)[1]) for x_adv in (*drawn, x)]
+        points = [(x_adv, exact(x_adv.double(), x.double(), y)[1]) for x_adv in (*drawn, *[x] * same)]
         errors = [timing.relative_errors(eager(x_adv, x, y)[1], gradient) for x_adv, gradient in points]
         worst = max(error for error, _ in errors), max(error for _, error in errors)
         _, apart = timing.relative_errors(points[0][1], points[1][1])
@@ -234,7 +234,7 @@ class Reference:
         return Reference(work, points, worst, tolerance, attack(eager, x, y, settings.steps))
 
     def check(self, step: Step) -> tuple[float, float]:
-        """Compare a step with float64, at two points and called with one tensor as both ``x_adv`` and ``x``.
+        """Compare a step with float64 at all points.
 
         Returns:
             Largest gradient errors, in the maximum and the Euclidean norm.
@@ -273,6 +273,8 @@ def measure_workload(
     settings: Settings,
     budget: Budget,
     tell: Callable[[Contender, Tensor, Reports], None] = lambda contender, adversarial, reports: None,
+    *,
+    same: bool = True,
 ) -> list[Record]:
     """As ``measure_case``, of a case that has been built.
 
@@ -282,13 +284,14 @@ def measure_workload(
         settings: Of the run.
         budget: How long to time.
         tell: Called with every candidate that was timed, the adversarial examples it found, and gradprune's reports.
+        same: Also check a call with one tensor as both ``x_adv`` and ``x``, for which Dynamo compiles anew.
     """
     # Candidates of all cases share the code that Dynamo keys its memory of shapes by.
     torch.compiler.reset()
     load = load_average()
     case = work.case
     with stage(f"{case.name}: float64 gradients"):
-        reference = Reference.of(work, settings)
+        reference = Reference.of(work, settings, same=same)
     records: dict[str, Record] = {}
     passed: list[Contender] = []
     reports: dict[str, Reports] = {}
