@@ -17,7 +17,8 @@ from contextlib import contextmanager
 import sympy  # type: ignore[import-untyped]
 from torch._inductor.codegen import cpp
 from torch._inductor.dtype_propagation import DtypePropagationOpsHandler
-from torch._inductor.sizevars import stride_at_vec_range as _usual_stride
+
+_usual_stride = cpp.stride_at_vec_range  # type: ignore[attr-defined]
 
 
 @functools.lru_cache(4096)

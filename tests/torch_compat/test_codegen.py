@@ -12,7 +12,6 @@ import torch
 from tiny import backward_step, images, network
 from torch._inductor.codegen import cpp
 from torch._inductor.dtype_propagation import DtypePropagationOpsHandler
-from torch._inductor.sizevars import stride_at_vec_range
 from torch._inductor.utils import fresh_cache, run_and_get_code
 from torch.utils._sympy.functions import FloorDiv, ModularIndexing
 
@@ -41,7 +40,7 @@ INDICES = [
 @pytest.mark.parametrize("index", INDICES, ids=str)
 def test_strides_are_those_of_inductor(index: sympy.Expr, length: int | None):
     for variable in (d0, d1, d2):
-        assert codegen.stride(index, variable, length) == stride_at_vec_range(index, variable, length)
+        assert codegen.stride(index, variable, length) == cpp.stride_at_vec_range(index, variable, length)
 
 
 def generated() -> Any:
