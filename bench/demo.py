@@ -74,6 +74,7 @@ class Shown:
         names: What its classes are called, if it was trained to tell them apart.
         drawn: How many examples are drawn.
         keys: What is timed.
+        rounds: Attacks timed per candidate, at most; ``None`` for as many as asked for.
         steps: Steps of an attack.
         records: One for each candidate.
         reports: gradprune's own reports, one for each graph it compiled.
@@ -87,6 +88,7 @@ class Shown:
     names: Sequence[str] = ()
     drawn: int = 0
     keys: Sequence[str] = KEYS
+    rounds: int | None = None
     steps: int = 0
     records: list[Record] = field(default_factory=list)
     reports: Reports = field(default_factory=list)
@@ -177,6 +179,7 @@ def imagenet() -> Shown:
         imagenet_names(),
         drawn=4,
         keys=("frozen", "gradprune"),
+        rounds=1,
     )
 
 
@@ -215,7 +218,7 @@ def measure(steps: int, batch: int, size: int, rounds: int, *, threads: int, qui
     with configured(settings):
         for shown in all_shown:
             shown.steps = steps
-            budget = Budget(rounds if shown.keys is KEYS else 1, float("inf"))
+            budget = Budget(shown.rounds or rounds, float("inf"))
             candidates = choose(shown.keys, "cpu")
             shown.records = measure_workload(shown.work, candidates, settings, budget, shown.take, same=False)
     return all_shown

@@ -115,12 +115,11 @@ class Sized:
 
     def padded(self, size: int, model: Model, x: Tensor, *others: Tensor) -> Any:
         """Call the function that is compiled for ``size`` rows on that many or fewer."""
-        missing = size - len(x)
-        if missing:
-            rows = len(x)
-            result = self.of_size(size)(model, *(filled(value, missing) for value in (x, *others)))
-            return result[:rows] if isinstance(result, Tensor) else tuple(part[:rows] for part in result)
-        return self.of_size(size)(model, x, *others)
+        rows = len(x)
+        result = self.of_size(size)(model, *(filled(value, size - rows) for value in (x, *others)))
+        if rows == size:
+            return result
+        return result[:rows] if isinstance(result, Tensor) else tuple(part[:rows] for part in result)
 
     def of_size(self, size: int) -> Any:
         """The function for so many rows, compiled if it has not been."""
