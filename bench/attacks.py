@@ -241,6 +241,8 @@ def run_in_turn(
     settings: Settings,
     budget: Budget,
     check: Callable[[Tensor], None],
+    *,
+    shared: bool = False,
 ) -> list[Trial]:
     """Run an attack in several ways once, check what comes of it, then time those in turn that passed.
 
@@ -251,21 +253,23 @@ def run_in_turn(
         settings: Of the run.
         budget: How long to time.
         check: Raises ``CheckFailed`` for adversarial examples that are none.
+        shared: Whether what an earlier attack has compiled may be used, in the process and on disk.
 
     Returns:
         Their trials, in their order.
     """
 
-    torch.compiler.reset()
+    if not shared:
+        torch.compiler.reset()
     blank = replace(blank, load=load_average())
-    if any(baseline.compiles for baseline in baselines):
+    if any(baseline.compiles for baseline in baselines) and not shared:
         start_compiler()
     trials = []
     for baseline in baselines:
         trial = Trial(replace(blank, candidate=baseline.name))
         trials.append(trial)
         # As in ``step.measure_workload``: a compile time is one with empty caches.
-        empty = fresh_cache() if baseline.compiles else contextlib.nullcontext()
+        empty = fresh_cache() if baseline.compiles and not shared else contextlib.nullcontext()
         with stage(f"{blank.case}, {blank.attack}: first attack, {baseline.name}"), empty:
             try:
                 _enter(trial, baseline, work, settings, check)

@@ -237,19 +237,28 @@ def _calibrate(model: nn.Module, images: Tensor) -> None:
         norm.eval()
 
 
-def _timm_case(network: str, batch: int, name: str, size: int, **options: Any) -> Case:
+def timm_case(network: str, batch: int, name: str, size: int, **options: Any) -> Case:
+    """A network of timm on images of ``size`` by ``size`` pixels.
+
+    Args:
+        network: What it is called here.
+        batch: Images in a batch.
+        name: What timm calls it.
+        size: Pixels.
+        options: Given to timm.
+    """
     return Case(network, batch, (3, size, size), partial(_timm, name, **options), requires="timm")
 
 
 CASES = (
-    _timm_case("resnet18-112", 8, "resnet18", 112),
-    _timm_case("resnet50-112", 8, "resnet50", 112),
-    _timm_case("resnet50-112", 32, "resnet50", 112),
-    _timm_case("resnet50-224", 4, "resnet50", 224),
-    _timm_case("mobilenetv2-112", 8, "mobilenetv2_100", 112),
+    timm_case("resnet18-112", 8, "resnet18", 112),
+    timm_case("resnet50-112", 8, "resnet50", 112),
+    timm_case("resnet50-112", 32, "resnet50", 112),
+    timm_case("resnet50-224", 4, "resnet50", 224),
+    timm_case("mobilenetv2-112", 8, "mobilenetv2_100", 112),
     # Its layer scale starts at 1e-6, which leaves nothing of the branches.
-    _timm_case("convnext_atto-112", 8, "convnext_atto", 112, ls_init_value=BRANCH_SCALE),
-    _timm_case("vit_small-224", 4, "vit_small_patch16_224", 224),
+    timm_case("convnext_atto-112", 8, "convnext_atto", 112, ls_init_value=BRANCH_SCALE),
+    timm_case("vit_small-224", 4, "vit_small_patch16_224", 224),
     Case("mnist-cnn", 128, (1, 28, 28), MnistCnn, eps=0.3, step_size=0.01),
     Case(
         "bert-64",

@@ -24,6 +24,7 @@ from gradprune.bench.report import document
 from gradprune.bench.scaling import ScalingBenchmark
 from gradprune.bench.step import OverheadBenchmark, StepBenchmark
 from gradprune.bench.store import Results, Settings
+from gradprune.bench.tables import TablesBenchmark
 from gradprune.bench.training import TrainingBenchmark
 from gradprune.bench.verdict import VerdictBenchmark
 from gradprune.errors import GradpruneError, OptionError
@@ -64,6 +65,8 @@ examples:
   gradprune bench verdict --cases resnet8-32 --steps 10 --queries 100   a short AutoAttack, PGD and APGD
   gradprune bench training --threads 2                        adversarial training by attack steps; 25 minutes
   gradprune bench training --cases mnist-cnn --attack-steps 7 one network, one number of steps
+  gradprune bench tables --scale small --threads 2            the tables of the paper, with six attack libraries
+  gradprune bench tables --scale paper --table 1              one of them at the paper's size, for a GPU
   gradprune bench objectives --objectives plain pgd fast      train with three of the objectives
   gradprune bench table --output bench/results/cpu-1-thread   tables and plots again from the JSON there
 
@@ -83,6 +86,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         AttacksBenchmark(),
         VerdictBenchmark(),
         TrainingBenchmark(),
+        TablesBenchmark(),
         ObjectivesBenchmark(),
     )
 }
