@@ -17,6 +17,7 @@ COMMANDS = {
     "attack": "make adversarial examples of a data set",
     "evaluate": "measure accuracy under several attacks",
     "train": "train a model adversarially",
+    "study": "repeat the experiments of papers, with figures and tables beside theirs",
     "bench": "measure gradprune beside eager PyTorch, torch.compile and JAX",
 }
 """What ``--help`` lists, in this order. ``configure(parser)`` of the module called by the name adds the options of a
@@ -37,6 +38,7 @@ examples:
                                            accuracy under attacks: records, a table, a plot, pictures
   gradprune train --model digits --data digits --objective trades --eps 0.2
                                            adversarial training: checkpoints, metrics, curves
+  gradprune study lab --scale small        a CNN and FGSM at growing eps: figures, tables, an index of all studies
   gradprune bench step --rounds 5          one step of PGD beside eager PyTorch and torch.compile
   gradprune COMMAND --help                 what a command does and what can be changed
 """

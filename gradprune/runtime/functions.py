@@ -121,6 +121,11 @@ class Sized:
             return result
         return result[:rows] if isinstance(result, Tensor) else tuple(part[:rows] for part in result)
 
+    @property
+    def compiled(self) -> list[Any]:
+        """The function as compiled for every size so far."""
+        return [*self._compiled.values()]
+
     def of_size(self, size: int) -> Any:
         """The function for so many rows, compiled if it has not been."""
         if self._compile_one is None:
@@ -189,6 +194,11 @@ class Functions:
     def compilations(self) -> int:
         """How many times the model has been compiled."""
         return sum(function.compilations for function in self._functions.values())
+
+    @property
+    def compiled(self) -> list[Any]:
+        """What ``torch.compile`` returned for the model, of every function and size, to look up reports by."""
+        return [one for function in self._functions.values() for one in function.compiled]
 
 
 _functions_of: dict[int, Functions] = {}

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -78,13 +78,15 @@ class BatchTrainer:
         clip: float | None = None,
         accumulate: int = 1,
         ema: float | None = None,
-        compile: bool = True,
+        compile: bool | Literal["attack"] = True,
         options: dict[str, Any] | None = None,
         parallel: Parallel = "auto",
         replica: nn.Module | None = None,
     ) -> None:
         if batch_norm not in get_args(BatchNorm):
             raise OptionError(unknown("batch_norm", batch_norm, get_args(BatchNorm)))
+        if compile not in (True, False, "attack"):
+            raise OptionError(f'compile has to be True, False or "attack", not {compile!r}')
         if parallel not in get_args(Parallel):
             raise OptionError(unknown("parallel", parallel, get_args(Parallel)))
         if batch_norm == "train" and any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
@@ -106,7 +108,7 @@ class BatchTrainer:
         if ema is not None and not 0 <= ema < 1:
             raise OptionError(f"ema has to be at least 0 and below 1, or None, not {ema!r}")
         self._runtime = Runtime(
-            compile=compile,
+            compile=bool(compile),
             autocast=autocast,
             mode="keep" if batch_norm == "train" else "eval",
             options=options or {},
@@ -136,7 +138,7 @@ class BatchTrainer:
         self.scaler = torch.amp.GradScaler(device, enabled=autocast is torch.float16)
         self._pending = 0
         outer = Outer(model, objective, autocast, self.statistics)
-        self._devices = engine(model, outer, compile=compile, parallel=parallel, replica=replica)
+        self._devices = engine(model, outer, compile=compile is True, parallel=parallel, replica=replica)
         # Only now do all processes have the same weights.
         self.averages = [weight.detach().clone() for weight in model.parameters()] if ema is not None else []
 

@@ -31,7 +31,8 @@ class AdversarialTrainer(BatchTrainer):
         clip: Largest norm of all weight gradients together; ``None`` for any.
         accumulate: Batches whose gradients are averaged for an update.
         ema: Decay of an exponential moving average of the weights, see ``averaged``; ``None`` for none.
-        compile: Compile both steps; ``False`` runs them eagerly, the attack with frozen weights.
+        compile: Compile both steps; ``"attack"`` the attack only, where a training is too short for the outer step's
+            compilation to pay; ``False`` runs both eagerly, the attack with frozen weights.
         options: For the compilation of the attack, see ``gradprune.Options``.
         parallel: ``"auto"`` trains with all processes of ``torch.distributed``, if it is initialised, see
             ``gradprune.training.parallel``; the batches of a process are its share. ``"none"`` leaves that to you.

