@@ -17,7 +17,7 @@ COMMANDS = {
     "attack": "make adversarial examples of a data set",
     "evaluate": "measure accuracy under several attacks",
     "train": "train a model adversarially",
-    "study": "repeat the experiments of papers, with figures and tables beside theirs",
+    "study": "repeat experiments of papers, with their numbers beside ours",
     "bench": "measure gradprune beside eager PyTorch, torch.compile and JAX",
 }
 """What ``--help`` lists, in this order. ``configure(parser)`` of the module called by the name adds the options of a
