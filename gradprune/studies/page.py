@@ -67,7 +67,7 @@ def grid(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def _markdown(outcome: Outcome, prefix: str) -> str:
     parts = [_where(outcome), outcome.about]
-    parts += [f"### What the paper says\n\n{_claims(outcome.claims)}"]
+    parts += [f"### Claims\n\n{_claims(outcome.claims)}"]
     parts += [f"### {table.title}\n\n{grid(table.head, table.rows)}" for table in outcome.tables]
     parts += [f"![{picture.caption}]({prefix}{picture.file})" for picture in outcome.pictures]
     return "\n\n".join(parts)
@@ -165,7 +165,7 @@ def _section(name: str, outcome: Outcome) -> str:
     parts = [
         f'<h2 id="{name}">{_text(outcome.title)}</h2>',
         f"<p>{_text(_where(outcome))}</p><p>{_text(outcome.about)}</p>",
-        "<h3>What the paper says</h3>",
+        "<h3>Claims</h3>",
         _html_claims(outcome.claims),
     ]
     for table in outcome.tables:
