@@ -14,6 +14,7 @@ FAILURE = 1
 COMMANDS = {
     "demo": "see gradprune work, beside eager PyTorch and plain torch.compile",
     "inspect": "see what is pruned, without running it",
+    "emit": "see what a step becomes on a GPU, without one",
     "attack": "make adversarial examples of a data set",
     "evaluate": "measure accuracy under several attacks",
     "train": "train a model adversarially",

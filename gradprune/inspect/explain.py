@@ -11,6 +11,7 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_leaves, tree_map
 
+from gradprune.compiler.events import Listener
 from gradprune.compiler.lower import compile_graph
 from gradprune.compiler.options import Options
 from gradprune.errors import NoPerturbationError
@@ -58,13 +59,26 @@ def explain(fn: Callable[..., Any], *args: Any, **options: Any) -> Report:
     return analyse(fn, args, Options.parse(options)).report
 
 
-def analyse(fn: Callable[..., Any], args: Sequence[Any], options: Options) -> Analysis:
+def analyse(
+    fn: Callable[..., Any],
+    args: Sequence[Any],
+    options: Options,
+    *,
+    inner_compile: Callable[..., Any] | None = None,
+    listeners: Sequence[Listener] = (),
+    run_prologue: bool = False,
+    backward: bool = False,
+) -> Analysis:
     """Capture and prune what a call computes, see ``gradprune.explain``.
 
     Args:
         fn: An attack step or a model.
         args: Its arguments. Tensors may be fake ones, and then those of the model have to be, of the same mode.
         options: Of the backend.
+        inner_compile: What turns an ATen graph into a callable; ``pretend`` unless it is passed.
+        listeners: Are told of every stage as well.
+        run_prologue: Whether to divide the step from its prologue.
+        backward: Whether to have the backward graph of a model compiled, too.
 
     Raises:
         NoPerturbationError: No graph takes the gradient of an input.
@@ -79,12 +93,15 @@ def analyse(fn: Callable[..., Any], args: Sequence[Any], options: Options) -> An
             if isinstance(example, torch.Tensor) and dynamo.is_module_state(node):
                 weights[id(example)] = example
         recorder = Recorder(dynamo.compiling_name())
-        listeners = recorder, Observer(recorder.report, options)
-        compiled = compile_graph(gm, example_inputs, options, listeners, inner_compile=pretend, run_prologue=False)
+        compiled = compile_graph(
+            *(gm, example_inputs, options, (recorder, Observer(recorder.report, options), *listeners)),
+            inner_compile=inner_compile or pretend,
+            run_prologue=run_prologue,
+        )
         found.append(recorder.report)
         return compiled
 
-    _call(fn, args, compile_one, flags=tuple(dynamo.TRACED_FLAGS))
+    _call(fn, args, compile_one, flags=tuple(dynamo.TRACED_FLAGS), backward=backward)
     with_gradient = [report for report in found if report.takes_gradient]
     if not with_gradient:
         raise NoPerturbationError(
@@ -133,9 +150,25 @@ def count_frozen_compile(fn: Callable[..., Any], args: Sequence[Any], weights: S
             counted.saved_bytes += saved_by(gm.graph)
         return pretend(gm, inputs)
 
+    compile_frozen(fn, args, weights, count)
+    return counted
+
+
+def compile_frozen(
+    fn: Callable[..., Any], args: Sequence[Any], weights: Sequence[torch.Tensor], inner_compile: Callable[..., Any]
+) -> None:
+    """Have ``torch.compile``'s own backend compile a call while ``weights`` do not require grad.
+
+    Args:
+        fn: An attack step or a model.
+        args: Its arguments.
+        weights: Parameters to freeze meanwhile.
+        inner_compile: Is called in place of Inductor's ``compile_fx_inner``, and may not compute anything.
+    """
+
     def compile_one(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         with aot.functorch_config.patch(enable_autograd_cache=False):
-            compiled: Any = inductor.compile_fx(gm, list(example_inputs), inner_compile=count)
+            compiled: Any = inductor.compile_fx(gm, list(example_inputs), inner_compile=inner_compile)
         return compiled  # type: ignore[no-any-return]
 
     for weight in weights:
@@ -145,7 +178,6 @@ def count_frozen_compile(fn: Callable[..., Any], args: Sequence[Any], weights: S
     finally:
         for weight in weights:
             weight.requires_grad_(True)
-    return counted
 
 
 def _call(

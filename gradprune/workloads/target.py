@@ -34,6 +34,8 @@ class TargetOptions:
         batch: Images in a batch of a stock attack.
         image_size: Height and width of its images; ``None`` for what the model is made for.
         real: Allocate weights and inputs.
+        device: Where weights and inputs are.
+        autocast: Type in which the model of a stock attack computes, such as ``"float16"``; ``None`` for its own.
     """
 
     name: str
@@ -41,6 +43,8 @@ class TargetOptions:
     batch: int = BATCH
     image_size: int | None = None
     real: bool = False
+    device: str = "cpu"
+    autocast: str | None = None
 
 
 @dataclass(frozen=True)
@@ -62,17 +66,24 @@ def load_target(options: TargetOptions) -> Target:
         let_torchvision_import()
         importlib.import_module("timm")  # what it makes while it is imported shall be real
     context: Any = nullcontext() if options.real else FakeTensorMode()
-    built = None if options.real or not options.name.startswith(TIMM) else _timm(ModelOptions(options.name), context)
-    with context:
+    has_memory = options.real or not options.name.startswith(TIMM)
+    built = None if has_memory else _timm(ModelOptions(options.name), context, options.device)
+    with context, nullcontext() if options.device == "cpu" else torch.device(options.device):
         made = _make(options.name) if built is None else built
         if isinstance(made, nn.Module):
+            if options.device != "cpu":  # some of it may have been made elsewhere
+                _take_memory(made, context, options.device)
             function, args = _stock(made.eval(), options)
+        elif options.autocast is not None:
+            raise OptionError(
+                f"autocast is for a model, and {options.name} is a step: write torch.autocast around the model in it"
+            )
         else:
             function, args = made
     return Target(function, args, context)
 
 
-def _timm(options: ModelOptions, mode: FakeTensorMode) -> nn.Module:
+def _timm(options: ModelOptions, mode: FakeTensorMode, device: str) -> nn.Module:
     """A model of timm, of tensors without memory.
 
     It is built outside of the mode: many models read values while they are built, such as rates of stochastic depth,
@@ -85,11 +96,23 @@ def _timm(options: ModelOptions, mode: FakeTensorMode) -> nn.Module:
         raise
     except Exception:  # it reads its weights as well
         model = load_model(options, seed=0)
+    _take_memory(model, mode, device)
+    return model
+
+
+def _take_memory(model: nn.Module, mode: FakeTensorMode, device: str) -> None:
+    """Have a model consist of tensors without memory, on a device."""
+    moved: dict[int, tuple[Any, Any]] = {}  # weights that modules share stay shared
+
+    def move(value: Any) -> Any:
+        if id(value) not in moved:
+            moved[id(value)] = value, _without_memory(value, mode, device)
+        return moved[id(value)][1]
+
     for module in model.modules():
         for name, value in vars(module).items():
-            if any(isinstance(leaf, Tensor) and not is_fake(leaf) for leaf in tree_leaves(value)):
-                vars(module)[name] = tree_map(lambda leaf: _without_memory(leaf, mode), value)
-    return model
+            if any(isinstance(leaf, Tensor) for leaf in tree_leaves(value)):
+                vars(module)[name] = tree_map(move, value)
 
 
 @contextmanager
@@ -107,9 +130,17 @@ def _weights_without_memory(mode: FakeTensorMode) -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-def _without_memory(value: Any, mode: FakeTensorMode) -> Any:
-    """A fake tensor for a real one; anything else as it is."""
-    return mode.from_tensor(value) if isinstance(value, Tensor) and not is_fake(value) else value
+def _without_memory(value: Any, mode: FakeTensorMode, device: str = "cpu") -> Any:
+    """A fake tensor on a device for a tensor; anything else as it is."""
+    if not isinstance(value, Tensor):
+        return value
+    if not is_fake(value):
+        value = mode.from_tensor(value)
+    if value.device.type == device:
+        return value
+    with mode:
+        moved = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
+    return nn.Parameter(moved, value.requires_grad) if isinstance(value, nn.Parameter) else moved
 
 
 def _make(name: str) -> Any:
@@ -161,6 +192,8 @@ CONVENTION = (
 def _stock(model: nn.Module, options: TargetOptions) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """One step of PGD in the Linf ball on ``model``, or the model as such an attack calls it."""
     x = torch.rand(options.batch, *_shape(model, options))
+    if options.autocast is not None:
+        model = _Autocast(model, options.device, getattr(torch, options.autocast))
     if options.form == "model":
         return model, (x.requires_grad_(True),)
 
@@ -172,6 +205,19 @@ def _stock(model: nn.Module, options: TargetOptions) -> tuple[Callable[..., Any]
         return torch.clamp(x + (x_adv - x).clamp(-EPS, EPS), 0, 1)
 
     return attack_step, (x.clone(), x, torch.zeros(options.batch, dtype=torch.long))
+
+
+class _Autocast(nn.Module):
+    """A model that computes in another type, with logits in float32."""
+
+    def __init__(self, model: nn.Module, device: str, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model, self.device, self.dtype = model, device, dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(self.device, self.dtype):
+            logits: Tensor = self.model(x)
+        return logits.float()
 
 
 def _shape(model: nn.Module, options: TargetOptions) -> tuple[int, int, int]:

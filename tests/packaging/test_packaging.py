@@ -120,6 +120,7 @@ def test_wheel_has_every_module_and_nothing_else(built: Built):
     } <= expected
     data = {
         "gradprune/py.typed",
+        "gradprune/emit/fake_cuda.cpp",
         *(f"gradprune/inspect/page/{file.name}" for file in (ROOT / "gradprune/inspect/page").iterdir()),
     }
     assert {name for name in built.wheel if ".dist-info/" not in name} == {*expected, *data}

@@ -1,0 +1,133 @@
+"""Small targets to emit, and what it takes to emit them here."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gradprune.emit.device import build
+from gradprune.emit.record import Request
+from gradprune.torch_compat.fake_cuda import CHECKED
+
+TARGETS = """
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class Tiny(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(8)
+        self.b = nn.Conv2d(8, 16, 3, padding=1)
+        self.last = nn.Linear(16 * 16, 10)
+
+    def forward(self, x):
+        x = F.max_pool2d(F.relu(self.norm(self.a(x))), 2)
+        x = F.relu(self.b(x))
+        return self.last(F.max_pool2d(x, 2).flatten(1))
+
+
+def tiny():
+    return Tiny().eval()
+
+
+def double():
+    model = nn.Conv2d(3, 4, 3, dtype=torch.float64)
+
+    def attack_step(x):
+        x = x.detach().requires_grad_(True)
+        (gradient,) = torch.autograd.grad(model(x).square().sum(), x)
+        return x.detach() + gradient.sign()
+
+    return attack_step, (torch.rand(2, 3, 8, 8, dtype=torch.float64),)
+
+
+def reads():
+    def attack_step(x):
+        x = x.detach().requires_grad_(True)
+        (gradient,) = torch.autograd.grad((x * x).sum() * x.sum().item(), x)
+        return gradient
+
+    return attack_step, (torch.rand(2, 3),)
+"""
+
+
+def skip_unless_possible() -> None:
+    """Skip what cannot be done without Triton, or with a torch that is not known."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton is not installed")
+    if not torch.__version__.startswith(CHECKED):
+        pytest.skip(f"emit knows torch {', '.join(CHECKED)}, and this is {torch.__version__}")
+
+
+def write_targets(folder: Path) -> None:
+    """Put ``targets.py`` into a folder."""
+    (folder / "targets.py").write_text(TARGETS, encoding="utf-8")
+
+
+SEVERAL = """
+import ctypes, json, sys
+
+library, requests = sys.argv[1:]
+ctypes.CDLL(library)
+from pathlib import Path
+
+import torch
+
+from gradprune.emit.emission import emit_here
+from gradprune.emit.device import build
+from gradprune.emit.record import Request
+
+for name, fields in json.loads(requests).items():
+    torch._dynamo.reset()
+    folder = Path(name)
+    folder.mkdir()
+    try:
+        result = emit_here(Request(**{**fields, "disable": ()}), folder)
+    except Exception as error:
+        result = {"error": f"{type(error).__name__}: {error}"}
+    (folder / "emission.json").write_text(json.dumps(result))
+"""
+
+
+def request(**options: Any) -> Request:
+    """To emit the tiny network of ``targets.py`` in the current folder."""
+    settings = {"target": "targets:tiny", "gpu": "sm_75", "batch": 4, "image_size": 16, "binaries": False}
+    return Request(**{**settings, **options})
+
+
+def emit_several(folder: Path, **requests: Request) -> dict[str, dict[str, Any]]:
+    """Emit in one process, for to start one takes longer than to emit a tiny network; each in a folder of its name."""
+    fields = json.dumps({name: dataclasses.asdict(one) for name, one in requests.items()})
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        "TORCHINDUCTOR_CACHE_DIR": str(folder / "cache"),
+    }
+    command = [sys.executable, "-c", SEVERAL, str(build()), fields]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return {name: json.loads((folder / name / "emission.json").read_text()) for name in requests}
+
+
+def part(emitted: dict[str, Any], name: str) -> dict[str, Any]:
+    """One part by name."""
+    (found,) = [one for one in emitted["parts"] if one["name"] == name]
+    return found
+
+
+def names(calls: Sequence[dict[str, Any]], kind: str) -> list[str]:
+    """Names of the calls of a kind, in order."""
+    return [call["name"] for call in calls if call["kind"] == kind]
