@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 from gradprune.compiler.options import Options
 from gradprune.passes.pipeline import PASS_NAMES
@@ -40,7 +41,13 @@ def ablations() -> list[Baseline]:
 
 
 class AblationBenchmark(StepBenchmark):
-    """``bench ablation``."""
+    """``bench ablation``.
+
+    Attributes:
+        default: Names of its cases.
+    """
+
+    default: ClassVar[Sequence[str]] = DEFAULT
 
     name = "ablation"
     help = "gradprune with each pass off in turn, and each option that is on by default"
@@ -52,12 +59,12 @@ class AblationBenchmark(StepBenchmark):
 
     def add_options(self, parser: argparse.ArgumentParser) -> None:
         """As ``Benchmark.add_options``."""
-        add_cases(parser, DEFAULT)
+        add_cases(parser, self.default)
         self.add_timing(parser, candidates=False)
 
     def cases(self, arguments: argparse.Namespace) -> list[Case]:
         """What to measure on."""
-        return chosen_cases(arguments, DEFAULT)
+        return chosen_cases(arguments, self.default)
 
     def baselines(self, arguments: argparse.Namespace, settings: Settings) -> list[Baseline]:
         """What to measure."""

@@ -30,15 +30,17 @@ EAGER_GRAD = "eager autograd.grad"
 FROZEN = "frozen eager"
 COMPILED_MODEL = "frozen + compile(model)"
 COMPILED_STEP = "compile(step)"
+RECORDED_MODEL = "frozen + compile(model, reduce-overhead)"
 TUNED_MODEL = "frozen + compile(model, max-autotune)"
 GRADPRUNE = "gradprune"
+RECORDED_GRADPRUNE = "gradprune reduce-overhead"
 TUNED_GRADPRUNE = "gradprune max-autotune"
 JAX = "jax jit(grad)"
 
 NAMED = (EAGER_BACKWARD, EAGER_GRAD, FROZEN, COMPILED_MODEL, COMPILED_STEP)
 """What every candidate is compared with by name."""
 
-ALTERNATIVES = (FROZEN, COMPILED_MODEL, COMPILED_STEP, TUNED_MODEL)
+ALTERNATIVES = (FROZEN, COMPILED_MODEL, COMPILED_STEP, RECORDED_MODEL, TUNED_MODEL)
 """What a user could do today; the fastest of these is "the best alternative"."""
 
 DTYPES = {None: None, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -156,8 +158,14 @@ BASELINES = (
     Baseline("frozen", FROZEN, _eager(FROZEN, frozen=True), compiles=False),
     Baseline("compile-model", COMPILED_MODEL, _compiled_model(COMPILED_MODEL)),
     Baseline("compile-step", COMPILED_STEP, _compiled_step),
+    Baseline(
+        "compile-model-graphs", RECORDED_MODEL, _compiled_model(RECORDED_MODEL, "reduce-overhead"), cuda_only=True
+    ),
     Baseline("compile-model-tuned", TUNED_MODEL, _compiled_model(TUNED_MODEL, "max-autotune"), cuda_only=True),
     Baseline("gradprune", GRADPRUNE, compiled_by_us(GRADPRUNE)),
+    Baseline(
+        "gradprune-graphs", RECORDED_GRADPRUNE, compiled_by_us(RECORDED_GRADPRUNE, "reduce-overhead"), cuda_only=True
+    ),
     Baseline("gradprune-tuned", TUNED_GRADPRUNE, compiled_by_us(TUNED_GRADPRUNE, "max-autotune"), cuda_only=True),
     Baseline("jax", JAX, _jax),
 )

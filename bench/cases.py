@@ -279,5 +279,12 @@ SMALL_RESNET = Case("resnet18-32", 16, (3, 32, 32), _small_resnet18, requires="t
 RESNET8 = Case("resnet8-32", 64, (3, 32, 32), _resnet8)
 """A case of ``bench verdict``."""
 
-MORE_CASES = (TINY, SMALL_RESNET, RESNET8)
+GPU_CASES = (
+    timm_case("resnet18-224", 32, "resnet18", 224),
+    timm_case("mobilenetv2-224", 32, "mobilenetv2_100", 224),
+    timm_case("convnext_atto-224", 32, "convnext_atto", 224, ls_init_value=BRANCH_SCALE),
+)
+"""Cases of ``bench gpu`` that are too large for a processor."""
+
+MORE_CASES = (TINY, SMALL_RESNET, RESNET8, *GPU_CASES)
 """What is not part of all cases, and can be named."""

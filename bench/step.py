@@ -83,8 +83,8 @@ LEGEND = """\
   interquartile range.
 - vs: how many times as fast as that baseline, median of the ratios within each round; below 1 is slower. In brackets
   the quartiles of these ratios.
-- best alternative: the fastest of frozen eager, frozen + compile(model), compile(step) and, where it was run,
-  max-autotune.
+- best alternative: the fastest of frozen eager, frozen + compile(model), compile(step) and, where they were run, those
+  with CUDA graphs (reduce-overhead) and max-autotune.
 - of limit: how many times the isolated-kernel limit a step takes (`bench kernels`: convolutions and linear layers by
   themselves, each with the fastest kernel found).
 - FLOPs say: the ratio to eager backward() if only the FLOPs of contractions counted.
@@ -95,7 +95,8 @@ LEGEND = """\
 - gradient error: largest difference to float64 relative to the largest value / in the Euclidean norm; the worst of
   three points. A ReLU whose input rounds to the other side of zero costs up to percents, in eager too.
 - pixels off: share of the adversarial values that differ from those of eager. success: inputs moved to another class.
-- Every candidate was checked against float64 at two points and called with x_adv = x; one that fails is not timed."""
+- Every candidate was checked against float64 at two points and, without --distinct, called with x_adv = x; one that
+  fails is not timed."""
 
 
 # --- Records ----------------------------------------------------------------------------------------------------------
@@ -256,15 +257,17 @@ class Reference:
         return largest, euclidean
 
 
-def measure_case(case: Case, baselines: Sequence[Baseline], settings: Settings, budget: Budget) -> list[Record]:
-    """Check all candidates of one case, then time those that passed in turn.
+def measure_case(
+    case: Case, baselines: Sequence[Baseline], settings: Settings, budget: Budget, *, same: bool = True
+) -> list[Record]:
+    """Check all candidates of one case, then time those that passed in turn; ``same`` as in ``measure_workload``.
 
     Returns:
         A record for each candidate, in their order.
     """
     with stage(f"{case.name}: building"):
         work = case.prepare(settings.device, channels_last=settings.channels_last)
-    return measure_workload(work, baselines, settings, budget)
+    return measure_workload(work, baselines, settings, budget, same=same)
 
 
 def measure_workload(
@@ -483,6 +486,8 @@ class StepBenchmark(Benchmark):
             parser.add_argument("--candidates", nargs="+", metavar="NAME", help=text)
         parser.add_argument("--steps", default=10, help="steps of an attack (default: 10)", **WHOLE)
         add_budget(parser, 120)
+        text = "leave out the check with x_adv = x, for which everything is compiled once more (default: off)"
+        parser.add_argument("--distinct", action="store_true", help=text)
         add_settings(parser)
 
     def cases(self, arguments: argparse.Namespace) -> list[Case]:
@@ -499,7 +504,7 @@ class StepBenchmark(Benchmark):
         budget = Budget(arguments.rounds, arguments.seconds)
         own = Plan(
             self,
-            lambda results: measure(results, cases, baselines, budget),
+            lambda results: measure(results, cases, baselines, budget, same=not arguments.distinct),
             packages_of(cases),
             any(baseline.compiles for baseline in baselines),
         )
@@ -554,8 +559,10 @@ class OverheadBenchmark(StepBenchmark):
         return Ratio.paired([second * 1e6 for second in seconds], [1.0] * len(seconds))
 
 
-def measure(results: Results[Record], cases: Sequence[Case], baselines: Sequence[Baseline], budget: Budget) -> None:
-    """Measure what ``results`` lack, and save after every case."""
+def measure(
+    results: Results[Record], cases: Sequence[Case], baselines: Sequence[Baseline], budget: Budget, *, same: bool
+) -> None:
+    """Measure what ``results`` lack, and save after every case; ``same`` as in ``measure_workload``."""
     for case in cases:
         wanted = for_case(baselines, case)
         if not results.missing(case.name, [baseline.name for baseline in wanted]):
@@ -564,5 +571,5 @@ def measure(results: Results[Record], cases: Sequence[Case], baselines: Sequence
         # Only candidates that ran in turn can be compared: what the case has is measured again with what it lacks.
         names = {baseline.name for baseline in wanted}
         others = [one for one in BASELINES if one.name not in names and not results.missing(case.name, [one.name])]
-        records = measure_case(case, [*wanted, *others], results.settings, budget)
+        records = measure_case(case, [*wanted, *others], results.settings, budget, same=same)
         results.add(records, instead_of=case.name)

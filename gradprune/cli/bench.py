@@ -13,12 +13,14 @@ from typing import Any
 
 import torch
 
+from gradprune.bench import gpu
 from gradprune.bench.ablation import AblationBenchmark
 from gradprune.bench.attacks import AttacksBenchmark
 from gradprune.bench.benchmark import Benchmark, settings_of
 from gradprune.bench.compile import CompileBenchmark
 from gradprune.bench.harness import configured
 from gradprune.bench.kernels import KernelsBenchmark
+from gradprune.bench.layout import LayoutBenchmark
 from gradprune.bench.objectives import ObjectivesBenchmark
 from gradprune.bench.report import document
 from gradprune.bench.scaling import ScalingBenchmark
@@ -43,7 +45,8 @@ Measure one step of PGD in the Linf ball, on random weights and random inputs, e
   compile-step   compile(step): torch.compile(step) with autograd traced
   gradprune      the code of "backward", compiled with backend="gradprune"
   jax            jit(grad) in JAX, for mnist-cnn, if JAX is installed
-  compile-model-tuned, gradprune-tuned   the same with mode="max-autotune" (by default on CUDA only)
+  compile-model-graphs, gradprune-graphs   the same with mode="reduce-overhead", CUDA graphs (by default on CUDA only)
+  compile-model-tuned, gradprune-tuned     the same with mode="max-autotune" (by default on CUDA only)
 
 All run in turn in one process. Each is first checked against float64 at two points and with x_adv = x; what fails is
 shown as failed and not timed. Everything is written as raw JSON with the environment, a Markdown table and a plot.
@@ -68,6 +71,7 @@ examples:
   gradprune bench tables --scale small --threads 2            the tables of the paper, with six attack libraries
   gradprune bench tables --scale paper --table 1              one of them at the paper's size, for a GPU
   gradprune bench objectives --objectives plain pgd fast      train with three of the objectives
+  gradprune bench gpu --rehearse --output /tmp/rehearsal      what bench/gpu.sh does on a GPU, in minutes on the CPU
   gradprune bench table --output bench/results/cpu-1-thread   tables and plots again from the JSON there
 
 A run that was interrupted goes on where it stopped when it is started again: a case that is in the JSON with all
@@ -80,6 +84,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         StepBenchmark(),
         ScalingBenchmark(),
         AblationBenchmark(),
+        LayoutBenchmark(),
         OverheadBenchmark(),
         CompileBenchmark(),
         KernelsBenchmark(),
@@ -93,8 +98,8 @@ BENCHMARKS: dict[str, Benchmark] = {
 """By their names, in the order of ``--help``."""
 
 RESULTS = Path("bench/results")
-EXTRAS = ("matplotlib", "tqdm")
-"""What the benchmarks need beyond gradprune's own dependencies."""
+EXTRAS = ("matplotlib",)
+"""What pictures need beyond gradprune's own dependencies."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -112,10 +117,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
     for benchmark in BENCHMARKS.values():
         own = add(benchmark.name, benchmark.help, "one named after device and threads")
+        own.add_argument("--no-plot", action="store_true", help="no picture, for which matplotlib is needed")
         benchmark.add_options(own)
         own.set_defaults(run=partial(run, benchmark))
     table = add("table", "write tables and plots again from JSON files, without measuring", "every folder")
     table.set_defaults(run=rewrite)
+    text = "all there is to find out on a GPU, in slices of a few minutes"
+    day = kinds.add_parser(
+        "gpu", help=text, description=gpu.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    gpu.add_options(day)
+    day.set_defaults(run=lambda arguments: gpu.run(arguments, tuple(kinds.choices)))
 
 
 def run(benchmark: Benchmark, arguments: argparse.Namespace) -> int:
@@ -128,7 +140,8 @@ def run(benchmark: Benchmark, arguments: argparse.Namespace) -> int:
     # Whatever can be known to fail is found out here, not after minutes of measuring.
     settings = settings_of(arguments)
     plans = benchmark.plans(arguments, settings)
-    _check_packages({*EXTRAS, *(package for plan in plans for package in plan.packages)})
+    drawn = not arguments.no_plot
+    _check_packages({*(EXTRAS if drawn else ()), *(package for plan in plans for package in plan.packages)})
     if any(plan.compiles for plan in plans):
         check_compiler()
     folder = arguments.output or RESULTS / _folder_name(settings)
@@ -144,16 +157,19 @@ def run(benchmark: Benchmark, arguments: argparse.Namespace) -> int:
                 files[-1].resume()
         for plan, results in zip(plans, files, strict=True):
             plan.measure(results)
-            print(write(plan.benchmark, results), flush=True)
-    names = [plan.benchmark.name for plan in plans]
-    print(f"Saved in {folder}: {', '.join(f'{name}.json, {name}.md, {name}.png' for name in names)}.")
+            print(write(plan.benchmark, results, drawn=drawn), flush=True)
+    endings = ("json", "md", "png")[: 3 if drawn else 2]
+    files_written = (f"{plan.benchmark.name}.{ending}" for plan in plans for ending in endings)
+    print(f"Saved in {folder}: {', '.join(files_written)}.")
     return 0
 
 
-def write(benchmark: Benchmark, results: Results[Any]) -> str:
-    """Write table and plot of a file beside it; returns the table."""
+def write(benchmark: Benchmark, results: Results[Any], *, drawn: bool = True) -> str:
+    """Write the table of a file beside it and, if it is ``drawn``, the plot; returns the table."""
     text = document(results, benchmark.about, benchmark.sections(results), benchmark.legend)
     write_text(results.path.with_suffix(".md"), text)
+    if not drawn:
+        return text
     figure = benchmark.draw(results)
     where = results.environment.get("gpu", results.environment["cpu"])
     figure.suptitle(f"bench {benchmark.name}: {where}, {results.settings}", fontsize=11)
