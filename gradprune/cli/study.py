@@ -70,6 +70,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of all random numbers (default: %(default)s)")
     parser.add_argument("--threads", type=parse_whole, metavar="N", help="CPU threads (default: torch's choice)")
     parser.add_argument("--fresh", action="store_true", help="begin anew instead of going on (default: off)")
+    parser.add_argument("--no-tensorboard", action="store_true", help="write no logs (default: off)")
     parser.set_defaults(run=run)
 
 
@@ -95,6 +96,7 @@ def run(arguments: argparse.Namespace) -> int:
         eager=arguments.eager,
         seed=arguments.seed,
         fresh=arguments.fresh,
+        tensorboard=not arguments.no_tensorboard,
     )
     images = load_images(arguments.data, arguments.data_root)
     begun = time.perf_counter()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +33,8 @@ RECORD, RUNS = "record.jsonl", "runs"
 SCALES = ("full", "small", "toy")
 EVALUATED = 250
 """Rows that are evaluated at once."""
+PACES = 5
+"""How often two ways are timed in turn."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,7 @@ class Context:
     records: Records
     _later: int = 0
     _models: list[Any] = field(default_factory=list)
+    _pace: float | None = None
 
     @staticmethod
     def open(name: str, options: Options, images: Images, scale: object) -> Context:
@@ -117,7 +122,7 @@ class Context:
         """The figures of a cell: measured, or found in the record. Says how long it took."""
 
         def measured() -> tuple[Figures, Figures]:
-            self._later, self._models = 0, []
+            self._later, self._models, self._pace = 0, [], None
             begun, used, compiled = time.perf_counter(), processor_seconds(), graphs_compiled()
             with stage(f"{self.name}: {key}"):
                 figures = compute()
@@ -127,11 +132,12 @@ class Context:
                 "graphs": graphs_compiled() - compiled,
                 "graphs_after_first_epoch": self._later,
                 **attack_flops(self._models),
+                **({} if self._pace is None else {"times_as_fast": self._pace}),
             }
             return figures, run
 
         figures = self.records.get(key, measured)
-        for checkpoint in self.checkpoints(key).glob("*.pt"):
+        for checkpoint in self.checkpoints(key).rglob("*.pt"):
             checkpoint.unlink()
         return figures
 
@@ -152,6 +158,21 @@ class Context:
         """Count the FLOPs of what is compiled for attacks on ``model`` in the current cell."""
         if not any(model is one for one in self._models):
             self._models.append(model)
+
+    def log(self, step: int, scalars: Figures) -> None:
+        """Write numbers for TensorBoard, if that is wanted and installed."""
+        if not self.logs:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        with SummaryWriter(str(self.folder / "tensorboard"), filename_suffix=f".{step}") as writer:
+            for name, value in scalars.items():
+                writer.add_scalar(name, value, step)
+
+    @property
+    def logs(self) -> bool:
+        """Whether logs for TensorBoard are written."""
+        return self.options.tensorboard and importlib.util.find_spec("tensorboard") is not None
 
     # --- Attacking ----------------------------------------------------------------------------------------------------
 
@@ -174,13 +195,29 @@ class Context:
             batch: Rows to compute at once.
         """
         self.watch(model)
-        runtime, right = self.runtime(batch), 0
-        for inputs, labels in zip(x.split(batch), y.split(batch), strict=True):
+        runtime, right, done = self.runtime(min(batch, len(x))), 0, 0
+        while done < len(x):
+            # The last batch is a whole one too, some rows of it for the second time: others are compiled for their own.
+            begin = max(min(done, len(x) - batch), 0)
+            inputs, labels = x[begin : begin + batch], y[begin : begin + batch]
             attacked = inputs if attack is None else attack(model, inputs, labels, runtime=runtime)
             # Not through the runtime: compiling the forward pass takes longer than all of these calls.
             with unchanged(model, "eval"), torch.no_grad():
-                right += int((model(attacked).argmax(1) == labels).sum())
+                right += int((model(attacked).argmax(1) == labels)[done - begin :].sum())
+            done = begin + len(inputs)
         return right / len(x)
+
+    def pace(self, ours: Callable[[], object], theirs: Callable[[], object]) -> None:
+        """Note how many times as fast one way is as another, called in turn; both have been called before.
+
+        Args:
+            ours: What this study runs.
+            theirs: What the papers' programs do.
+        """
+        ratios = []
+        for _ in range(PACES):
+            ratios.append(seconds_of(theirs) / seconds_of(ours))
+        self._pace = statistics.median(ratios)
 
     # --- Writing ------------------------------------------------------------------------------------------------------
 
@@ -195,7 +232,8 @@ class Context:
         """Seconds, compilations and FLOPs of all cells together."""
         runs = [cell["run"] for cell in self.records.cells.values()]
         totals = {name: sum(run.get(name, 0) for run in runs) for name in RUN_TOTALS}
-        return {**totals, "cells": len(runs)}
+        paces = [run["times_as_fast"] for run in runs if "times_as_fast" in run]
+        return {**totals, "cells": len(runs), "times_as_fast": paces[-1] if paces else None}
 
 
 RUN_TOTALS = (
@@ -212,6 +250,13 @@ RUN_TOTALS = (
 def processor_seconds() -> float:
     """Seconds of processor time of this process and of those it waited for, such as the C++ compiler."""
     return sum(os.times()[:4])
+
+
+def seconds_of(call: Callable[[], object]) -> float:
+    """Seconds that a call takes."""
+    begun = time.perf_counter()
+    call()
+    return time.perf_counter() - begun
 
 
 def graphs_compiled() -> int:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradprune.attacks import PGD
-from gradprune.training import AdversarialTrainer, History, Objective, PGDTraining, Plain
+from gradprune.training import AdversarialTrainer, History, LinearEps, Objective, PGDTraining, Plain
 from gradprune.training.watchers import Silent, Start, TensorBoard, Watcher
 
 from .context import Context, graphs_compiled
@@ -103,6 +102,9 @@ def train(
     batch: int,
     validation: tuple[Tensor, Tensor] | None = None,
     watchers: Sequence[Watcher] = (),
+    eps_schedule: LinearEps | None = None,
+    part: str = "",
+    compile: bool | Literal["attack"] | None = None,
 ) -> History:
     """Train a model for a cell, or for what is left of it after an interruption.
 
@@ -117,23 +119,27 @@ def train(
         batch: Samples in a batch.
         validation: Inputs and labels to measure clean accuracy on after every epoch.
         watchers: Beside the progress bar and TensorBoard's.
+        compile: What is compiled; ``None`` for what suits the scale. Of an eager study nothing is.
+        part: What is trained, of a cell that trains several; these have no TensorBoard logs of their own.
+        eps_schedule: Has eps grow, see ``AdversarialTrainer``.
 
     Returns:
         What happened; the model is trained, and in evaluation mode.
     """
-    trainer = AdversarialTrainer(model, optimizer, objective, compile=context.compiled)
+    compile_ = context.compiled if compile is None or context.options.eager else compile
+    trainer = AdversarialTrainer(model, optimizer, objective, eps_schedule=eps_schedule, compile=compile_)
     context.watch(model)
-    folder = context.checkpoints(key)
+    folder = context.checkpoints(key) / part
     folder.mkdir(parents=True, exist_ok=True)
-    own: list[Watcher] = [Graphs(context), Bar(key), *watchers]
-    if context.options.tensorboard and importlib.util.find_spec("tensorboard") is not None:
+    own: list[Watcher] = [Graphs(context), Bar(f"{key} {part}"), *watchers]
+    if context.logs and not part:
         own.append(TensorBoard())
     history = trainer.fit(
         Batches(*data, batch),
         epochs,
         validation=None if validation is None else Batches(*validation, batch),
         folder=folder,
-        seed=seeded(context.options.seed, key),
+        seed=seeded(context.options.seed, key, part),
         watchers=own,
     )
     model.eval()

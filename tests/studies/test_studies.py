@@ -1,0 +1,140 @@
+"""Every study at toy scale, and what each computes on the way."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gradprune.attacks import Runtime
+from gradprune.cli.main import main
+from gradprune.errors import TrainingError
+from gradprune.studies import lottery, usefulness
+from gradprune.studies.context import Context, Options
+from gradprune.studies.data import Images, load_images
+from gradprune.studies.lottery import LotteryStudy, pruned
+from gradprune.studies.networks import BinaryNet, TicketNet
+from gradprune.studies.records import read_lines
+from gradprune.studies.registry import STUDIES
+from gradprune.studies.usefulness import UsefulnessStudy, Votes
+from gradprune.studies.written import as_written
+
+
+def figures(folder: Path) -> list[Any]:
+    return [(line["cell"], line["figures"]) for line in read_lines(folder / "record.jsonl")[1:]]
+
+
+def test_all_studies_and_their_index(tmp_path: Path) -> None:
+    options = ("--scale", "toy", "--eager", "--data", "digits", "--output", str(tmp_path), "--no-tensorboard")
+    assert main(["study", "all", *options]) == 0
+    page, text = (tmp_path / "index.html").read_text(), (tmp_path / "index.md").read_text()
+    named = re.findall(r'<img src="([^"]+)"', page)
+    for name, study in STUDIES.items():
+        own = [file for file in named if file.startswith(f"{name}-eager/")]
+        assert own
+        assert all((tmp_path / file).stat().st_size > 5000 for file in own)
+        assert f"## {study.title}" in text
+        outcome = json.loads((tmp_path / f"{name}-eager" / "outcome.json").read_text())
+        assert outcome["claims"]
+        assert outcome["tables"]
+        for table in outcome["tables"]:
+            assert all(len(row) == len(table["head"]) for row in table["rows"])
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+# --- Usefulness -------------------------------------------------------------------------------------------------------
+
+
+def test_votes_and_usefulness() -> None:
+    net = BinaryNet((1, 8, 8), 2, 3, 5)
+    x, y = torch.rand(7, 1, 8, 8), torch.tensor([0, 1, 1, 0, 1, 0, 0])
+    votes = Votes(net)(x)
+    features, weight = net.features(x), net.classifier.weight[0]
+    assert torch.allclose(net(x)[:, 1], (features * weight).sum(1) + net.classifier.bias)
+    expected = (2 * y - 1)[:, None] * (2 * (features * weight).sigmoid() - 1)
+    assert torch.allclose(usefulness.usefulness(votes, y), expected, atol=1e-6)
+    for feature in range(5):
+        lost = usefulness.lost(votes, 2 * feature + y)
+        assert torch.allclose(-lost, expected[:, feature], atol=1e-6)
+
+
+def test_features_attacked_together_are_those_attacked_one_by_one(tmp_path: Path) -> None:
+    scale = usefulness.Scale(rows=6, features=5)
+    net = BinaryNet((1, 8, 8), 2, 3, 5)
+    with torch.no_grad():
+        net.classifier.weight.mul_(20)
+    x, y = torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 1, 0])
+    images = Images("noise", 2, x, y, x, y)
+    context = Context.open("usefulness", Options(tmp_path), images, scale)
+    context.runtime = lambda batch: Runtime(compile=False, batch_size=batch)  # type: ignore[method-assign]
+    votes = Votes(net).eval()
+    for attack in usefulness.attacks(scale).values():
+        together = UsefulnessStudy()._worst(context, scale, votes, attack, x, y, range(5))
+        one_by_one = usefulness.one_by_one(votes, as_written(attack), x, y, range(5))
+        assert torch.allclose(together, one_by_one, atol=1e-5)
+        assert bool((together < usefulness.usefulness(votes(x), y)).any())
+
+
+# --- Lottery ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_smallest_of_the_weights_left_are_pruned() -> None:
+    weight = torch.tensor([[0.1, -5.0, 0.0, 2.0], [3.0, -0.2, 0.3, 4.0]])
+    mask = torch.ones(2, 4)
+    mask[0, 1] = 0  # gone already, however large
+    assert pruned(weight, mask, 0.5).tolist() == [[0, 0, 0, 1], [1, 0, 0, 1]]
+
+
+def lottery_run(folder: Path, images: Images, **settings: Any) -> Any:
+    scale = lottery.Scale(100, 40, rounds=3, share=0.5, epochs=1, batch=20, neurons=(16, 8))
+    return LotteryStudy().run(Options(folder, "toy", tensorboard=False, **settings), images, scale)
+
+
+def test_no_round_recompiles(tmp_path: Path) -> None:
+    lottery_run(tmp_path, load_images("digits", tmp_path))
+    runs = [line["run"] for line in read_lines(tmp_path / "lottery" / "record.jsonl")[1:]]
+    assert [run["graphs"] for run in runs] == [1, 0, 0, 0, 0, 0]
+    assert all(run["weight_gradient_flops"] == 0 < run["input_gradient_flops"] for run in runs)
+
+
+def test_rounds_go_on_where_they_were_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = load_images("digits", tmp_path)
+    lottery_run(tmp_path / "whole", images, eager=True)
+    write = lottery.write_masks
+    calls: list[int] = []
+
+    def interrupted(context: Context, training: str, masks: dict[int, list[Tensor]]) -> None:
+        calls.append(1)
+        if len(calls) in (2, 4):  # before the masks of a round are kept, and behind it
+            raise KeyboardInterrupt
+        write(context, training, masks)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(lottery, "write_masks", interrupted)
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            lottery_run(tmp_path / "parts", images, eager=True)
+    lottery_run(tmp_path / "parts", images, eager=True)
+    assert figures(tmp_path / "parts/lottery-eager") == figures(tmp_path / "whole/lottery-eager")
+    shares = [one["left"] for _, one in figures(tmp_path / "parts/lottery-eager")]
+    assert shares == pytest.approx([1, 0.5, 0.25] * 2, rel=0.01)
+
+
+def test_lost_masks_are_an_error(tmp_path: Path) -> None:
+    images = load_images("digits", tmp_path).only(20, 20)
+    context = Context.open("lottery", Options(tmp_path), images, None)
+    with pytest.raises(TrainingError, match="masks-normal"):
+        lottery.read_masks(context, "normal", 1)
+
+
+def test_masked_weights_stay_away() -> None:
+    net = TicketNet((1, 4, 4), 3, (6, 5))
+    lottery.set_masks(net, [torch.zeros_like(mask) for mask in net.masks])
+    assert torch.equal(net(torch.rand(2, 1, 4, 4)), net.layers[-1].bias.expand(2, 3))
+    assert all(isinstance(layer, nn.Linear) for layer in net.layers)
