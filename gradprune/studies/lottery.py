@@ -216,7 +216,9 @@ def pruned(weight: Tensor, mask: Tensor, share: float) -> Tensor:
     holder.weight = nn.Parameter(weight.detach().clone())
     prune.custom_from_mask(holder, "weight", mask)
     prune.l1_unstructured(holder, "weight", amount=share)
-    return holder.weight_mask.detach()  # type: ignore[union-attr, operator, no-any-return]
+    mask_left = holder.weight_mask
+    assert isinstance(mask_left, Tensor)
+    return mask_left.detach()
 
 
 @torch.no_grad()

@@ -133,8 +133,9 @@ class TicketNet(nn.Module):
     def __init__(self, shape: Shape, classes: int, neurons: tuple[int, int] = (300, 100)) -> None:
         super().__init__()
         widths = [shape[0] * shape[1] * shape[2], *neurons, classes]
-        self.layers = nn.ModuleList(nn.Linear(*pair) for pair in itertools.pairwise(widths))
-        for layer in self.layers:
+        layers = [nn.Linear(*pair) for pair in itertools.pairwise(widths)]
+        self.layers = nn.ModuleList(layers)
+        for layer in layers:
             parametrize.register_parametrization(layer, "weight", Masked(layer.weight))
 
     def forward(self, x: Tensor) -> Tensor:
