@@ -56,8 +56,8 @@ LIBRARIES = {
             "tensorboardX": ("SummaryWriter",),
             "scipy.optimize.optimize": ("_status_message",),
         },
-        "DeepRobust imports texttable, tensorboardX and scipy.optimize.optimize._status_message, which its PGD does not "
-        "use: None where they are missing",
+        "DeepRobust imports texttable, tensorboardX and scipy.optimize.optimize._status_message, which its PGD does "
+        "not use: None where they are missing",
     ),
     "CleverHans": Library("cleverhans"),
     "adv-lib": Library(

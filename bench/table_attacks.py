@@ -37,6 +37,9 @@ NETWORKS = {
 BATCHES = (4, 8, 16, 32, 64, 128)
 """The batches of Table 2."""
 
+BATCH = 16
+"""That of all other rows."""
+
 ART_EPS = 0.3
 """The default of ART's attacks."""
 
@@ -98,7 +101,7 @@ class Row:
     build: Build
     paper: tuple[float, float] | None = None
     network: str = "ResNet50"
-    batch: int = 16
+    batch: int = BATCH
     eps: Literal["case"] | float | None = "case"
     norm: Literal["linf", "l2"] = "linf"
     shrinks: bool = False

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from .cases import TINY, Case, timm_case
+from .cases import SMALL_RESNET, TINY, Case, timm_case
 from .table_attacks import BATCHES, NETWORKS, Lengths, Row
+from .table_text import TextLengths
 from .verdict import Length
 
 MakeCase = Callable[[str, int], Case]
@@ -21,22 +22,32 @@ class Scale:
 
     Attributes:
         name: On the command line.
-        text: What it is for.
+        purpose: What it is for.
         batches: What stands for each batch of the paper.
         lengths: Of the attacks.
         make: Makes a case.
+        any_batch: Whether the batches of Table 2 share code that is compiled for any batch, which saves compilations.
+        training: What Figure 2 trains.
+        training_steps: Of the attacks of Figure 2.
+        text: Of the attacks of Table 4.
+        texts: How many sentences Table 4 attacks.
         packages: What its networks come from.
     """
 
     name: str
-    text: str
+    purpose: str
     make: MakeCase
     batches: Mapping[int, int] = field(default_factory=lambda: {batch: batch for batch in BATCHES})
     lengths: Lengths = field(default_factory=Lengths)
+    any_batch: bool = False
+    training: Case = replace(SMALL_RESNET, batch=128)  # noqa: RUF009 (a frozen value)
+    training_steps: tuple[int, ...] = (1, 3, 7, 10, 20)
+    text: TextLengths = field(default_factory=TextLengths)
+    texts: int = 1
     packages: frozenset[str] = frozenset({"timm"})
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.text}"
+        return f"{self.name}: {self.purpose}"
 
 
 def _networks(pixels: int, network: str, batch: int) -> Case:
@@ -61,6 +72,10 @@ SHORT = Lengths(
     standard=Length(steps=2, queries=10, targets=2),
 )
 
+SHORT_TEXT = TextLengths(
+    layers=2, words=10, synonyms=4, population=4, generations=2, candidates=6, iterations=5, tries=10
+)
+
 SCALES = {
     scale.name: scale
     for scale in (
@@ -71,6 +86,10 @@ SCALES = {
             partial(_networks, 64),
             {batch: batch // 2 for batch in BATCHES},
             SHORT,
+            True,
+            SMALL_RESNET,
+            (1, 3, 7),
+            SHORT_TEXT,
         ),
         Scale(
             "toy",
@@ -78,6 +97,11 @@ SCALES = {
             _tiny,
             {batch: 2 + i for i, batch in enumerate(BATCHES)},
             SHORT,
+            True,
+            replace(TINY, batch=4),
+            (1, 2),
+            replace(SHORT_TEXT, layers=1, hidden=64, words=5),
+            1,
             frozenset(),
         ),
     )
