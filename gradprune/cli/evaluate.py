@@ -11,6 +11,7 @@ from typing import Any, Literal
 from gradprune.attacks.registry import DEFAULT_STEP_SIZE, AttackOptions, build_attacks
 from gradprune.errors import OptionError
 from gradprune.evaluation.evaluation import PICTURES, Evaluation
+from gradprune.evaluation.robustbench import check_about, parse_about, save_records
 from gradprune.support.arguments import parse_whole
 from gradprune.support.distributed import started
 from gradprune.workloads.data_sets import load_data
@@ -77,6 +78,9 @@ examples:
   several attacks, two processes:
     torchrun --nproc-per-node 2 -m gradprune evaluate --model timm:resnet18 --pretrained --data imagenet/val \\
       --image-size 224 --limit 1000 --attack pgd autoattack --eps 2/255 4/255
+  a record for RobustBench:
+    gradprune evaluate --model mine:net --data cifar10.npz --attack autoattack --eps 8/255 \\
+      --robustbench Mine2026 architecture=ResNet-18 venue=ICLR
   samples leave PGD as soon as they are fooled:
     gradprune evaluate --model digits --data digits --attack pgd --steps 50 --eps .1 --set stop_at_success=true
 """
@@ -138,6 +142,12 @@ def add_options(parser: argparse.ArgumentParser, *, several: bool) -> None:
             action="store_true",
             help=f"all in results/*/adversarial.npz (default: {PICTURES} of each)",
         )
+        group.add_argument(
+            "--robustbench",
+            nargs="+",
+            metavar=("NAME", "FIELD=VALUE"),
+            help="write autoattack's result as RobustBench keeps it, model_info/DATA/NORM/NAME.json, with other fields",
+        )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -147,11 +157,26 @@ def run(arguments: argparse.Namespace) -> int:
         OptionError: Something was asked for that does not exist, or the output cannot be written.
         GradpruneError: An attack cannot be run on this model with these inputs, or something is not installed.
     """
+    name, about = _robustbench(arguments)
     with prepared(arguments) as evaluation:
-        _, written = evaluation.run_all(keep_examples=arguments.keep_examples)
+        records, written = evaluation.run_all(keep_examples=arguments.keep_examples)
         if evaluation.ranks.is_first:
+            files = save_records(records, evaluation.output, name, about) if name else []
+            written += [str(file.relative_to(evaluation.output)) for file in files]
             print(f"Saved in {evaluation.output}: {', '.join(written)}.")
     return 0
+
+
+def _robustbench(arguments: argparse.Namespace) -> tuple[str | None, dict[str, Any]]:
+    """Name of the model and what is said of it for RobustBench; no name if nothing is to be written."""
+    if not arguments.robustbench:
+        return None, {}
+    name, *settings = arguments.robustbench
+    about = dict(parse_about(one) for one in settings)
+    check_about(name, about)
+    if arguments.attack.count("autoattack") != 1 or len(arguments.eps or [0]) != 1:
+        raise OptionError("--robustbench is about one result: pass --attack autoattack once, and one --eps")
+    return name, about
 
 
 @contextmanager
