@@ -135,7 +135,7 @@ def _rehearsed() -> list[Part]:
     parts = [_bench(2, f"step-{TINY}", 120, *_step([TINY], CANDIDATES, *short))]
     half = _step([TINY], ("frozen", "gradprune"), *short, *PRECISIONS["fp16"])
     parts.append(_bench(2, f"step-{TINY}-fp16", 120, *half))
-    parts.append(_bench(3, "micro", 120, "micro", *timing, "--small"))
+    parts.append(_bench(3, "micro", 120, "micro", *timing, "--small", "--groups", "masks", "input"))
     parts.append(_bench(3, f"layout-{TINY}", 120, "layout", "--cases", TINY, "--distinct", *short, "--channels-last"))
     parts.append(_bench(4, "table-1", 120, "tables", "--scale", "toy", "--table", "1", "--device", "cpu"))
     parts.append(_bench(5, f"training-{TINY}", 120, "training", "--cases", TINY, "--attack-steps", "1", *timing))

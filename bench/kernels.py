@@ -170,19 +170,20 @@ def measure_kernels(case: Case, settings: Settings, rounds: int) -> list[Kernels
     return records
 
 
-def time_ways(ways: Ways, device: str, rounds: int) -> dict[str, float | None]:
+def time_ways(ways: Ways, device: str, rounds: int, *, recorded: bool = False) -> dict[str, float | None]:
     """Median seconds of each way, ``None`` of those that cannot be used or compute something else.
 
     Args:
         ways: The ways; the first has to work.
         device: Where they run.
         rounds: Samples of each.
+        recorded: On a GPU, time a CUDA graph of the way, in which nothing of Python is left.
     """
-    ready: dict[str, Way] = {}
+    ready: dict[str, Callable[[], object]] = {}
     expected: Tensor | None = None
     for name, prepare in ways.items():
         try:
-            way = prepare()
+            way: Way = prepare()
             result = way().float()
         except (RuntimeError, NotImplementedError):  # no kernel for this type or shape
             if expected is None:
@@ -192,16 +193,28 @@ def time_ways(ways: Ways, device: str, rounds: int) -> dict[str, float | None]:
         # A product over patches returns a row for each of the pixels.
         same = expected if expected.ndim == result.ndim else expected.permute(0, 2, 3, 1).flatten(0, 2)
         if float((result - same).norm() / same.norm()) <= TOLERANCE:
-            ready[name] = way
-    calls = {name: max(1, round(SAMPLE_SECONDS / _sample(way, 1, device))) for name, way in ready.items()}
+            ready[name] = record(way) if recorded and device == "cuda" else way
+    calls = {name: max(1, round(SAMPLE_SECONDS / _sample(call, 1, device))) for name, call in ready.items()}
     samples: dict[str, list[float]] = {name: [] for name in ready}
     for _ in range(rounds):
-        for name, way in ready.items():
-            samples[name].append(_sample(way, calls[name], device))
+        for name, call in ready.items():
+            samples[name].append(_sample(call, calls[name], device))
     return {name: statistics.median(samples[name]) if name in ready else None for name in ways}
 
 
-def _sample(way: Way, calls: int, device: str) -> float:
+def record(way: Way) -> Callable[[], object]:
+    """A CUDA graph of a way that has been called; the way itself if it cannot be recorded."""
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            way()
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return way
+    return graph.replay
+
+
+def _sample(way: Callable[[], object], calls: int, device: str) -> float:
     synchronize(device)
     started = time.perf_counter()
     for _ in range(calls):
@@ -210,8 +223,14 @@ def _sample(way: Way, calls: int, device: str) -> float:
     return (time.perf_counter() - started) / calls
 
 
-def ways_of(layer: Layer, settings: Settings) -> tuple[Ways, Ways]:
-    """How to compute a layer, and how its input gradient."""
+def ways_of(layer: Layer, settings: Settings, *, unpacked: bool = False) -> tuple[Ways, Ways]:
+    """How to compute a layer, and how its input gradient.
+
+    Args:
+        layer: The layer.
+        settings: Device and type.
+        unpacked: Also the ways to the input gradient that pack nothing, and the other layout.
+    """
     dtype = DTYPES[settings.autocast] or torch.float32
 
     def random(*shape: int) -> Tensor:
@@ -223,6 +242,8 @@ def ways_of(layer: Layer, settings: Settings) -> tuple[Ways, Ways]:
     if not layer.stride:
         return _products(lambda: x, lambda rows: rows, grad, weight, bias, packed)
     forward, backward = _convolutions(layer, x, grad, weight, bias, packed)
+    if unpacked:
+        backward.update(_unpacked_dgrads(layer, x, grad, weight))
     if layer.tiles:
         batch, channels, height, width = grad.shape[0], x.shape[1], *grad.shape[2:]
         patch = layer.stride
@@ -293,6 +314,49 @@ def _convolutions(
             rest = [span - pad for span, pad in zip(spans, padding, strict=True)]
             backward["packed flipped conv"] = lambda: pack(grad, flipped, None, rest)
     return forward, backward
+
+
+def _unpacked_dgrads(layer: Layer, x: Tensor, grad: Tensor, weight: Tensor) -> Ways:
+    """Ways to the input gradient of a convolution that need nothing but its weight, as it is or flipped."""
+    stride, padding, dilation, groups = list(layer.stride), list(layer.padding), list(layer.dilation), layer.groups
+    spans = [dilation[i] * (layer.weight[2 + i] - 1) for i in range(2)]
+    unseen = [(layer.x[2 + i] + 2 * padding[i] - spans[i] - 1) % stride[i] for i in range(2)]
+    where = padding, dilation, True, unseen, groups
+
+    def transposed(grad: Tensor, weight: Tensor) -> Way:
+        return lambda: aten.convolution(grad, weight, None, stride, *where)
+
+    def flip() -> Way:
+        whole = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1).flip(2, 3)
+        flipped = whole.contiguous(memory_format=torch.channels_last)
+        rest = [span - pad for span, pad in zip(spans, padding, strict=True)]
+        return lambda: F.conv2d(grad, flipped, None, 1, rest, dilation, groups)
+
+    def plain_backward() -> Way:
+        tensors = grad.contiguous(), x.contiguous(), weight.contiguous()
+        masked = [True, False, False]
+        numbers = stride, padding, dilation, False, [0, 0], groups
+        return lambda: aten.convolution_backward(*tensors, None, *numbers, masked)[0]
+
+    def without_cudnn() -> Way:
+        product = transposed(grad, weight)
+
+        def way() -> Tensor:
+            with torch.backends.cudnn.flags(enabled=False):
+                return product()
+
+        return way
+
+    ways: Ways = {
+        "transposed conv": lambda: transposed(grad, weight),
+        "transposed conv, contiguous": lambda: transposed(grad.contiguous(), weight.contiguous()),
+        "masked conv backward, contiguous": plain_backward,
+    }
+    if layer.stride == (1, 1):
+        ways["flipped conv"] = flip
+    if grad.is_cuda:
+        ways["transposed conv, no cuDNN"] = without_cudnn
+    return ways
 
 
 def limit(records: Sequence[Kernels], case: str) -> float | None:

@@ -21,6 +21,7 @@ from gradprune.bench.compile import CompileBenchmark
 from gradprune.bench.harness import configured
 from gradprune.bench.kernels import KernelsBenchmark
 from gradprune.bench.layout import LayoutBenchmark
+from gradprune.bench.micro import MicroBenchmark
 from gradprune.bench.objectives import ObjectivesBenchmark
 from gradprune.bench.report import document
 from gradprune.bench.scaling import ScalingBenchmark
@@ -71,6 +72,7 @@ examples:
   gradprune bench tables --scale small --threads 2            the tables of the paper, with six attack libraries
   gradprune bench tables --scale paper --table 1              one of them at the paper's size, for a GPU
   gradprune bench objectives --objectives plain pgd fast      train with three of the objectives
+  gradprune bench micro --threads 1 --groups losses masks     pieces of a step beside what memory and arithmetic allow
   gradprune bench gpu --rehearse --output /tmp/rehearsal      what bench/gpu.sh does on a GPU, in minutes on the CPU
   gradprune bench table --output bench/results/cpu-1-thread   tables and plots again from the JSON there
 
@@ -88,6 +90,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         OverheadBenchmark(),
         CompileBenchmark(),
         KernelsBenchmark(),
+        MicroBenchmark(),
         AttacksBenchmark(),
         VerdictBenchmark(),
         TrainingBenchmark(),

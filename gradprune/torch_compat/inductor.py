@@ -9,7 +9,7 @@ from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.runtime.cache_dir_utils import cache_dir as inductor_cache_dir
-from torch._inductor.utils import fresh_cache
+from torch._inductor.utils import fresh_cache, run_and_get_code
 
 __all__ = [
     "CustomGraphPass",
@@ -20,6 +20,7 @@ __all__ = [
     "inductor_cache_dir",
     "inductor_config",
     "list_mode_options",
+    "run_and_get_code",
     "select_decomp_table",
 ]
 
