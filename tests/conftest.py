@@ -8,14 +8,19 @@ import pytest
 import torch
 import torch._inductor.graph
 from helpers import interpreted
+from torch._functorch import config as functorch_config
 
 from gradprune.passes import prepack_convolutions
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Run every test on one thread, and pack every convolution: those of tests are too small for either to pay off."""
+    """Run every test on one thread, and pack every convolution: those of tests are too small for either to pay off.
+
+    No test is to find a step that another one has stored.
+    """
     torch.set_num_threads(1)
     prepack_convolutions.WORTH_FLOPS = 0
+    functorch_config.enable_autograd_cache = False
     if config.getoption("markexpr") == "not inductor":
         torch._inductor.graph.GraphLowering.run = refuse_to_lower
 

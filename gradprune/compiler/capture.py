@@ -211,7 +211,7 @@ def _prepare_step(gm: fx.GraphModule, calls: list[fx.Node]) -> Capture:
     optimized = optimized_parameters()
     items, slots = _gradient_items(calls), _slots(placeholders)
     _mark_explicit_weight_gradients(graph, items, weights, prepared)
-    for weight in weights:
+    for weight in (node for node in placeholders if node in weights):  # in the same order in every process
         slots_of_weight = slots.get(getattr(weight, "_dynamo_source", None), [])
         _expose_accumulated_gradient(graph, weight, items.get(weight, []), slots_of_weight, prepared, optimized)
     _detach_inside_functorch(graph, weights.difference(leaves))

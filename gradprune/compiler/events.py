@@ -71,6 +71,12 @@ class Listener:
     def finished(self) -> None:
         """All is compiled but for the backward graph of a model."""
 
+    def storing(self, notes: dict[str, Any]) -> None:
+        """What is compiled is stored for later processes; a listener may note by name what it wants to know then."""
+
+    def restored(self, notes: dict[str, Any]) -> None:
+        """What an earlier process stored was found; comes behind ``classified``, and in place of all up to this."""
+
     def checked(self, outcome: str) -> None:
         """What is compiled was called, and compared with the captured graph or not, long after ``finished``."""
 

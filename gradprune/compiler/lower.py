@@ -21,7 +21,7 @@ from gradprune.torch_compat.codegen import quick_codegen
 from gradprune.torch_compat.instructions import find_early
 from gradprune.torch_compat.kernels import compiling_together
 
-from . import devices
+from . import devices, stored
 from .capture import capture
 from .compilation import Callback, Compilation, InnerCompile
 from .devices import out_of_cuda_graphs
@@ -93,8 +93,25 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], compilation: Com
         devices.on_gpu(one) for one in example_inputs if isinstance(one, torch.Tensor)
     ):
         _begin_to_compile(gm.graph, compilation)
+    key = stored.key_of(gm, example_inputs, compilation)
     is_checked = options.check != "never" and compilation.run_prologue
     captured = without_metadata(gm) if is_checked else None
+    compiled = _stored(key, compilation) or _compile_classified(gm, example_inputs, compilation)
+    if captured is not None and compilation.was_traced:
+        compiled = FirstCall(compiled, captured, compilation, time.perf_counter() - start)
+    return with_calling_convention(compiled, compilation.capture)
+
+
+def _stored(key: str, compilation: Compilation) -> Callback | None:
+    """What is stored under ``key``; if nothing is, see to it that what is compiled will be."""
+    if not key:
+        return None
+    compilation.listeners = [*compilation.listeners, stored.Storing(key, compilation)]
+    return stored.load(key, compilation)
+
+
+def _compile_classified(gm: fx.GraphModule, example_inputs: Sequence[Any], compilation: Compilation) -> Callback:
+    """Run the passes and compile what they make of it; without them, should that fail."""
     compiled: Callback
 
     def compile_pruned() -> None:
@@ -110,9 +127,7 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], compilation: Com
     if not compilation.was_traced and any(node.op not in ("placeholder", "output") for node in gm.graph.nodes):
         reason = "torch noted no descriptors ('desc') on the outputs of the graph, and its passes ran on none of it"
         compilation.fall_back(Fallback.CAPTURED, reason, None)
-    elif captured is not None and compilation.was_traced:
-        compiled = FirstCall(compiled, captured, compilation, time.perf_counter() - start)
-    return with_calling_convention(compiled, compilation.capture)
+    return compiled
 
 
 def _begin_to_compile(graph: fx.Graph, compilation: Compilation) -> None:

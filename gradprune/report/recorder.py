@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import fx
 
 from gradprune.compiler.events import Fallback, Listener
 from gradprune.graph.step_graph import Form, StepGraph
 from gradprune.passes.pipeline import PassRecord
 
+from . import archive
 from .figures import saved_by
 from .kernels import called_kernels
 from .report import Report
@@ -56,6 +59,15 @@ class Recorder(Listener):
         report.fallback_kind = what.value
         if what in (Fallback.PASSES, Fallback.CAPTURED):
             del report.passes[self._before_tracing :]
+
+    def storing(self, notes: dict[str, Any]) -> None:
+        """Have the report stored."""
+        notes["report"] = archive.to_data(self.report)
+
+    def restored(self, notes: dict[str, Any]) -> None:
+        """Make the report that of the compilation which was stored."""
+        archive.fill_in(self.report, notes["report"])
+        self.report.is_stored = True
 
     def checked(self, outcome: str) -> None:
         """Note how the comparison with eager ended."""

@@ -55,6 +55,7 @@ class Report:
             the graph); or ``"not compiled, runs eagerly"`` of a call
             that nothing was compiled for.
         check: How the comparison of the first call with the captured graph, run eagerly, ended; empty before that call.
+        is_stored: Whether all of this was found on disk, where an earlier process left it, and no pass ran in this one.
         left_out: What of the function or module Dynamo left to Python, with the line and why.
         function: Name of the function or module that the graph was captured from, if it is known.
         dump: Folder that all of this was written to, ``None`` if nothing was.
@@ -67,6 +68,7 @@ class Report:
     fallback: str | None = None
     fallback_kind: str | None = None
     check: str = ""
+    is_stored: bool = False
     left_out: list[str] = field(default_factory=list)
     function: str = ""
     dump: str | None = None

@@ -18,6 +18,7 @@ from torch._functorch._aot_autograd.descriptors import (
     PlainAOTOutput,
     TangentAOTInput,
 )
+from torch._functorch._aot_autograd.schemas import OutputType
 from torch._functorch.eager_transforms import _autograd_grad as functorch_grad
 from torch._subclasses.fake_tensor import FakeTensorMode, is_fake
 from torch.utils._python_dispatch import _disable_current_modes as without_modes
@@ -36,6 +37,7 @@ __all__ = [
     "functorch_config",
     "functorch_grad",
     "is_fake",
+    "is_plain_call",
     "output_descriptors",
     "requests_weight_gradient",
     "separate_output_strides",
@@ -88,6 +90,31 @@ def declare_absent_outputs(graph: fx.Graph) -> None:
         if value is None and isinstance(descriptor, PlainAOTOutput):
             info = context.fw_metadata.output_info
             info[descriptor.idx] = dataclasses.replace(info[descriptor.idx], dynamic_dims=None)
+
+
+def is_plain_call() -> bool:
+    """Whether the graph being compiled only computes outputs from inputs, so that calling its code is all of a call.
+
+    AOTAutograd does the rest for others: writes inputs, makes views of outputs, hands on tokens and random states.
+    """
+    context = torch._guards.TracingContext.try_get()
+    metadata = None if context is None else context.fw_metadata
+    if metadata is None:
+        return False
+    more = (
+        metadata.tokens,
+        metadata.num_intermediate_bases,
+        metadata.num_graphsafe_rng_states,
+        metadata.grad_enabled_mutation is not None,
+        any(one.mutates_data or one.mutates_metadata for one in metadata.input_info),
+        any(one.output_type is not OutputType.non_alias for one in metadata.output_info),
+        any(one.requires_grad for one in metadata.output_info),
+        any(
+            not issubclass(one.raw_type, torch.Tensor) and one.raw_type is not type(None)
+            for one in metadata.output_info
+        ),
+    )
+    return not any(more)
 
 
 def size_hint(size: Any) -> int:

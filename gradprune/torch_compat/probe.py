@@ -56,6 +56,7 @@ _NO_ROLES = "weights cannot be told from data, and nothing is pruned"
 _NOT_TOLD = "what is not compiled runs eagerly without a word"
 _NO_REPORT = "gradprune.reports finds nothing"
 _NO_PASSES = "passes do not run"
+_NOT_FOUND = "steps that an earlier process compiled are compiled anew, or not at all"
 _SLOW = "compilations take longer"
 _WRONG_METADATA = "steps with absent outputs, or models whose graph is kept, fail when they run"
 
@@ -97,6 +98,10 @@ EXPECTED: tuple[tuple[str, tuple[str, ...], str], ...] = (
         ("load_pybinding", "load_async"),
         "kernels do not compile",
     ),
+    (f"{_INDUCTOR}.codecache:PyCodeCache", ("load",), _NOT_FOUND),
+    (f"{_INDUCTOR}.codecache", ("torch_key", "write_atomic"), _NOT_FOUND),
+    (f"{_AOT}.schemas:OutputType", ("non_alias",), _NOT_FOUND),
+    ("torch.compiler._cache:CacheArtifactManager", ("record_artifact",), _NOT_FOUND),
     (f"{_INDUCTOR}.async_compile:AsyncCompile", ("cpp_pybinding", "wait", "submit"), "kernels compile one by one"),
     (f"{_INDUCTOR}.codegen.cpp", ("stride_at_vec_range",), _SLOW),
     (f"{_INDUCTOR}.dtype_propagation:DtypePropagationOpsHandler", ("_instance",), _SLOW),
