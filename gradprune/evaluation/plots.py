@@ -87,13 +87,18 @@ def save_accuracy(path: Path, records: Sequence[Record]) -> bool:
 
 def save_examples(path: Path, examples: Sequence[Example]) -> None:
     """Draw one row of four panels for each example [HW]."""
+    save_figure(draw_examples(examples), path)
+
+
+def draw_examples(examples: Sequence[Example]) -> Any:
+    """A figure with one row of four panels for each example [HW]."""
     figure = figure_of(11, 0.35 + 2.75 * len(examples))
     grid = figure.subplots(len(examples), len(COLUMNS), squeeze=False)
     for column, title in enumerate(COLUMNS):
         grid[0, column].set_title(title, fontsize=11)
     for row, example in zip(grid, examples, strict=True):
         _draw(figure, row, example)
-    save_figure(figure, path)
+    return figure
 
 
 def examples_of(

@@ -82,7 +82,7 @@ class Context:
     records: Records
     _later: int = 0
     _models: list[Any] = field(default_factory=list)
-    _pace: float | None = None
+    _notes: Figures = field(default_factory=dict)
 
     @staticmethod
     def open(name: str, options: Options, images: Images, scale: object) -> Context:
@@ -122,7 +122,7 @@ class Context:
         """The figures of a cell: measured, or found in the record. Says how long it took."""
 
         def measured() -> tuple[Figures, Figures]:
-            self._later, self._models, self._pace = 0, [], None
+            self._later, self._models, self._notes = 0, [], {}
             begun, used, compiled = time.perf_counter(), processor_seconds(), graphs_compiled()
             with stage(f"{self.name}: {key}"):
                 figures = compute()
@@ -132,7 +132,7 @@ class Context:
                 "graphs": graphs_compiled() - compiled,
                 "graphs_after_first_epoch": self._later,
                 **attack_flops(self._models),
-                **({} if self._pace is None else {"times_as_fast": self._pace}),
+                **self._notes,
             }
             return figures, run
 
@@ -153,6 +153,10 @@ class Context:
     def compiled(self) -> bool | Literal["attack"]:
         """What of a training is compiled: what is small is done before an outer step's compilation would have paid."""
         return not self.options.eager and (self.options.scale == "full" or "attack")
+
+    def note(self, **notes: float) -> None:
+        """Note what a run happened to take in the current cell, such as seconds or bytes."""
+        self._notes.update(notes)
 
     def watch(self, model: Any) -> None:
         """Count the FLOPs of what is compiled for attacks on ``model`` in the current cell."""
@@ -184,8 +188,17 @@ class Context:
         """How attacks run, in batches of so many rows."""
         return Runtime(compile=not self.options.eager, batch_size=batch)
 
+    @property
+    def eagerly(self) -> Runtime:
+        """How attacks run where nothing is compiled."""
+        return Runtime(compile=False)
+
     def accuracy(self, model: nn.Module, x: Tensor, y: Tensor, attack: Attack | None, batch: int) -> float:
-        """Share of inputs that a model classifies as labelled, attacked or not, from 0 to 1.
+        """Share of inputs that a model classifies as labelled, attacked or not, from 0 to 1; see ``top``."""
+        return self.top(model, x, y, attack, batch)[0]
+
+    def top(self, model: nn.Module, x: Tensor, y: Tensor, attack: Attack | None, batch: int) -> list[float]:
+        """Shares of inputs whose label is a model's first choice, and among its first five.
 
         Args:
             model: From inputs ``(N, ...)`` to logits ``(N, classes)``.
@@ -195,7 +208,7 @@ class Context:
             batch: Rows to compute at once.
         """
         self.watch(model)
-        runtime, right, done = self.runtime(min(batch, len(x))), 0, 0
+        runtime, right, done = self.runtime(min(batch, len(x))), torch.zeros(2), 0
         while done < len(x):
             # The last batch is a whole one too, some rows of it for the second time: others are compiled for their own.
             begin = max(min(done, len(x) - batch), 0)
@@ -203,9 +216,12 @@ class Context:
             attacked = inputs if attack is None else attack(model, inputs, labels, runtime=runtime)
             # Not through the runtime: compiling the forward pass takes longer than all of these calls.
             with unchanged(model, "eval"), torch.no_grad():
-                right += int((model(attacked).argmax(1) == labels)[done - begin :].sum())
+                logits = model(attacked)
+            choices = logits.topk(min(5, logits.shape[1]), 1).indices == labels[:, None]
+            hits = torch.stack([choices[:, 0], choices.any(1)], 1)[done - begin :]
+            right += hits.sum(0)
             done = begin + len(inputs)
-        return right / len(x)
+        return [float(count) / len(x) for count in right]
 
     def pace(self, ours: Callable[[], object], theirs: Callable[[], object]) -> None:
         """Note how many times as fast one way is as another, called in turn; both have been called before.
@@ -214,10 +230,7 @@ class Context:
             ours: What this study runs.
             theirs: What the papers' programs do.
         """
-        ratios = []
-        for _ in range(PACES):
-            ratios.append(seconds_of(theirs) / seconds_of(ours))
-        self._pace = statistics.median(ratios)
+        self.note(times_as_fast=ratio_of_seconds(theirs, ours))
 
     # --- Writing ------------------------------------------------------------------------------------------------------
 
@@ -250,6 +263,11 @@ RUN_TOTALS = (
 def processor_seconds() -> float:
     """Seconds of processor time of this process and of those it waited for, such as the C++ compiler."""
     return sum(os.times()[:4])
+
+
+def ratio_of_seconds(first: Callable[[], object], second: Callable[[], object]) -> float:
+    """How many times as long one call takes as another, the median of a few turns."""
+    return statistics.median(seconds_of(first) / seconds_of(second) for _ in range(PACES))
 
 
 def seconds_of(call: Callable[[], object]) -> float:

