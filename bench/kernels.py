@@ -8,6 +8,7 @@ fastest, each times how often it occurs, is a floor for a step that computes the
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import statistics
 import time
@@ -209,7 +210,8 @@ def record(way: Way) -> Callable[[], object]:
         with torch.cuda.graph(graph):
             way()
     except RuntimeError:
-        torch.cuda.synchronize()
+        with contextlib.suppress(RuntimeError):  # what is left of the recording may be told once more
+            torch.cuda.synchronize()
         return way
     return graph.replay
 

@@ -352,6 +352,8 @@ def _enter(baseline: Baseline, reference: Reference, settings: Settings) -> tupl
     figured["eager_error"], figured["eager_error_l2"] = reference.errors
     if contender.compiled:
         figured["cold_seconds"] = seconds
+    # Torch 2.11 compiles what comes before requires_grad_() as a graph of its own, in which nothing is computed.
+    reports = [report for report in reports if any(report["flops"]["before"].values())]
     if len(reports) == 1:  # more than one is a graph break, and their sum would not be the figure of a step
         figured["flops"] = sum(reports[0]["flops"]["after"].values())
         figured["saved_bytes"] = reports[0]["saved_bytes"]["after"]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import sys
 import tarfile
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +71,7 @@ def python(name: str, code: str, *, stage: int = 0, limit: float = 60, needs: tu
     return Part(stage, name, ("-c", code), limit, needs)
 
 
-SAYS = python("says", "print('hello'); open(r'{output}/file', 'w').write('kept')")
+SAYS = python("says", "print('hello'); open(r'{output}/file', 'x').write('kept')")
 FAILS = python("fails", "print('what went wrong'); raise SystemExit(3)")
 HANGS = python("hangs", "import time; print('begun', flush=True); time.sleep(60)", stage=1, limit=1)
 LONG = python("long", "import time; time.sleep(60)", stage=1)
@@ -126,6 +129,28 @@ def test_what_has_a_result_is_not_done_again(tmp_path: Path, capsys: pytest.Capt
     assert day.result(SAYS) != before[SAYS]
 
 
+def test_what_is_done_again_begins_anew_and_what_was_cut_goes_on(tmp_path: Path) -> None:
+    """A benchmark goes on from the file that it finds, and takes a failure in it for a result."""
+    code = """
+import pathlib, time
+times = pathlib.Path(r"{output}/times")
+times.write_text(times.read_text() + "x" if times.exists() else "x")
+if len(times.read_text()) == 1:
+    time.sleep({seconds})
+raise SystemExit({status})
+"""
+    day = day_in(tmp_path)
+    cut = python("cut", code.replace("{seconds}", "60").replace("{status}", "0"))
+    failing = python("failing", code.replace("{seconds}", "0").replace("{status}", "1"))
+    day.work_through([cut], soon(2))
+    assert outcomes(day, cut) == [CUT]
+    assert day.work_through([cut], soon()) == 0
+    assert (tmp_path / cut.title / "times").read_text() == "xx"
+    for _ in range(2):
+        assert day.work_through([failing], soon(), retry=True) == 1
+        assert (tmp_path / failing.title / "times").read_text() == "x"
+
+
 def test_what_the_budget_cuts_is_done_in_a_later_slice_behind_the_others(tmp_path: Path) -> None:
     day = day_in(tmp_path)
     assert day.work_through([LONG, SAYS], soon(2)) == 1
@@ -152,7 +177,7 @@ child = subprocess.Popen([sys.executable, "-c", {stubborn!r}])
 open({str(tmp_path / "child")!r}, "w").write(str(child.pid))
 time.sleep(60)
 """
-    status = execute([gpu.sys.executable, "-c", code], os.environ, tmp_path / "log", 2)
+    status = execute([sys.executable, "-c", code], os.environ, tmp_path / "log", 2)
     assert status is None
     child = Path("/proc") / (tmp_path / "child").read_text()
     for _ in range(50):  # until whoever inherits it has noticed
@@ -169,13 +194,15 @@ time.sleep(60)
 def test_the_backend_is_found_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where gradprune is not installed, as in a checkout on a machine that was lent."""
     tomllib = pytest.importorskip("tomllib")  # Python 3.11 and later
-    entries = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]
-    written = [f"[{group}]\n{name} = {what}\n" for group, own in entries.items() for name, what in own.items()]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    entries = project["entry-points"].items()
+    written = [f"[{group}]\n{name} = {what}\n" for group, own in entries for name, what in own.items()]
     assert written == [gpu.ENTRY_POINT]
     monkeypatch.setattr(gpu, "entry_points", lambda group: [])
     with prepared(None, rehearse=True) as (environment, has):
         site, root = environment["PYTHONPATH"].split(os.pathsep)[:2]
-        assert (Path(site) / "gradprune-0.dist-info" / "entry_points.txt").read_text() == gpu.ENTRY_POINT
+        told = Path(site) / f"gradprune-{project['version']}.dist-info" / "entry_points.txt"
+        assert told.read_text() == gpu.ENTRY_POINT
         assert Path(root) == ROOT
         assert environment["CUDA_VISIBLE_DEVICES"] == ""
         assert has("torch")
@@ -183,6 +210,20 @@ def test_the_backend_is_found_by_its_name(monkeypatch: pytest.MonkeyPatch) -> No
         (Path(site) / "no_such_module.py").touch()
         assert has("no_such_module")
     assert not Path(site).exists()
+
+
+def test_wheels_are_installed_for_the_parts_alone(tmp_path: Path) -> None:
+    pytest.importorskip("pip")
+    with zipfile.ZipFile(tmp_path / "carried-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("carried.py", "")
+        metadata = "Metadata-Version: 2.1\nName: carried\nVersion: 1.0\nRequires-Dist: not-to-be-had\n"
+        wheel.writestr("carried-1.0.dist-info/METADATA", metadata)
+        wheel.writestr("carried-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr("carried-1.0.dist-info/RECORD", "")
+    with prepared(tmp_path) as (environment, has):
+        assert has("carried")
+        assert importlib.util.find_spec("carried") is None
+        assert execute([sys.executable, "-c", "import carried"], environment, tmp_path / "log", 60) == 0
 
 
 def test_without_wheels_in_it_a_folder_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
