@@ -11,7 +11,8 @@ Note [Queries]
     eight. That is what "as shipped" does here. "frozen" is the paper's way: parameters require no gradient, and
     backward passes end at the embeddings (were those frozen too, there would be nothing to keep the gradient of). A
     question for a probability needs no backward pass, and gets none where the network is compiled, by either compiler;
-    only FD asks for gradients.
+    only FD asks for gradients. Victims are no models, so what is patched is a function of the network that makes a
+    victim of it and runs the attack.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gradprune.errors import GradpruneError
+import gradprune
 
 from .baselines import Contender
 from .benchmark import already
@@ -47,8 +48,6 @@ CERTAIN = 10.0
 
 Sentence = numpy.ndarray[Any, numpy.dtype[numpy.int64]]
 """Words ``(words,)``."""
-
-NO_PATCH = "patch does not know OpenAttack's victims: accelerate serves them"
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,6 @@ class Victim:
     def __init__(self, model: Bert, encoder: Callable[[Tensor], Tensor], way: str, device: str) -> None:
         self._model, self._encoder, self._device = model, encoder, device
         self._trains, self._backward = way == SHIPPED, way in (SHIPPED, FROZEN)
-        self.queries = 0
 
     def probabilities(self, sentences: list[Sentence]) -> Any:
         """Of both classes, for each sentence, ``(N, 2)``."""
@@ -124,7 +122,6 @@ class Victim:
         return self._model.embedding.weight.detach()[torch.from_numpy(words)].cpu().numpy()
 
     def _ask(self, sentences: list[Sentence], labels: list[int], backward: bool) -> tuple[Any, Any]:
-        self.queries += len(sentences)
         words = torch.from_numpy(numpy.stack(sentences)).to(self._device)
         if not backward:
             with torch.no_grad():
@@ -382,7 +379,7 @@ def measure_texts(results: Results[Entry], lengths: TextLengths, texts: int, bud
     if missing := [name for name in ATTACKS if name not in done]:
         work = text_case(lengths, texts).prepare(settings.device)
         with sharing():
-            models = Models(work.model.encoder, forward_only=True)  # type: ignore[arg-type]
+            models = Models(work.model.encoder)  # type: ignore[arg-type]
             for name in missing:
                 blank = Entry(PART, work.case.name, name, "", norm="linf", samples=texts)
                 make = partial(_made, models, ATTACKS[name][0], lengths)
@@ -402,8 +399,6 @@ def _made(
     work: Workload,
     settings: Settings,
 ) -> Contender:
-    if way == PATCHED:
-        raise GradpruneError(NO_PATCH)
     model, encoder = models.of(way)
     bert = work.model
     assert isinstance(bert, Bert)
@@ -411,5 +406,8 @@ def _made(
     nn.Module.__init__(whole)
     whole.encoder = model  # type: ignore[assignment]
     whole.embedding = nn.Embedding.from_pretrained(bert.embedding.weight.detach().clone(), freeze=way != SHIPPED)
-    victim = Victim(whole, encoder, way, settings.device)
-    return contender(way, whole, partial(attack_texts, attack, lengths, victim))
+
+    def run(encoder: Any, x: Tensor, y: Tensor) -> Tensor:
+        return attack_texts(attack, lengths, Victim(whole, encoder, way, settings.device), x, y)
+
+    return contender(way, whole, partial(gradprune.patch(run) if way == PATCHED else run, encoder))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import random
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -70,11 +71,10 @@ class Models:
 
     Args:
         model: The network.
-        options: See ``gradprune.Options``.
     """
 
-    def __init__(self, model: nn.Module, **options: Any) -> None:
-        self._model, self._options = model, options
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
 
     def _copy(self, frozen: bool) -> nn.Module:
         return copy.deepcopy(self._model).requires_grad_(not frozen)
@@ -95,7 +95,7 @@ class Models:
     @cached_property
     def _accelerated(self) -> tuple[nn.Module, Any]:
         model = self._copy(False)
-        return model, gradprune.accelerate(model, **self._options)
+        return model, gradprune.accelerate(model)
 
     def of(self, way: str) -> tuple[nn.Module, Any]:
         """The network whose parameters show gradients, and what is attacked."""
@@ -125,8 +125,10 @@ def as_it_is(attack: Any) -> Any:
 @contextlib.contextmanager
 def other_kernels() -> Iterator[None]:
     """Within it torch computes convolutions as it would without oneDNN and cuDNN, and rounds otherwise."""
-    with torch.backends.mkldnn.flags(enabled=False), torch.backends.cudnn.flags(enabled=False):
-        yield
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # these two set more than they are asked to, and are warned of that
+        with torch.backends.mkldnn.flags(enabled=False), torch.backends.cudnn.flags(enabled=False):
+            yield
 
 
 Make = Callable[[str, Workload, Settings], Contender]

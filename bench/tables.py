@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable, Sequence
-from functools import cache, partial
 from typing import Any
 
 from gradprune.torch_compat.inductor import fresh_cache
 
 from .attacks import Contest, half_fooled
 from .benchmark import WHOLE, Benchmark, Plan, add_threads, already
-from .cases import Case
+from .cases import Workload
 from .harness import Budget, start_compiler
 from .report import circumstances, figure, grid, ratio_text, share
 from .shims import LIBRARIES, versions
@@ -20,7 +19,7 @@ from .store import Results, Settings
 from .table_attacks import BATCH, ROWS, Row
 from .table_figures import draw
 from .table_scales import SCALES, Scale, case_of
-from .table_text import ATTACKS, NO_PATCH, measure_texts
+from .table_text import ATTACKS, measure_texts
 from .table_text import PART as TEXTS
 from .table_training import PART as EPOCHS
 from .table_training import epoch_seconds, measure_epochs
@@ -43,7 +42,7 @@ NOTES = {
         "Nothing fools it, so that every attack asks all it may ask, of one sentence.",
         "As shipped, every question runs a backward pass over all weights, as OpenAttack's get_prob does; frozen, one "
         "to the embeddings. Compiled by either, a question for a probability runs none; FD also asks for gradients.",
-        f"{NO_PATCH}; what stands as ours is accelerate.",
+        "patch: of a function of the network that makes the victim and runs the attack.",
     ),
     EPOCHS: (
         "Seconds are those of 50,000 images at the pace of the iterations that were measured. The attack is PGD by "
@@ -72,17 +71,23 @@ def measure_rows(results: Results[Entry], tables: Sequence[str], scale: Scale, b
             already(f"table {row.table}, {row.name}", results)
         elif row.table in tables:
             groups.setdefault(group_of(row, scale), []).append(row)
-    prepare = cache(partial(Case.prepare, device=settings.device))
-    harder = cache(lambda case: half_fooled(prepare(case)))
     for group in groups.values():
+        works: dict[tuple[str, bool], Workload] = {}
         with sharing():
-            models = Models(prepare(case_of(scale, group[0])).model)
+            models = Models(_prepared(works, group[0], scale, settings).model)
             for row in group:
-                case = case_of(scale, row)
-                work = harder(case) if row.half_fooled else prepare(case)
+                work = _prepared(works, row, scale, settings)
                 results.add(measure_row(row, scale.lengths, models, work, settings, budget))
-        prepare.cache_clear()
-        harder.cache_clear()
+
+
+def _prepared(works: dict[tuple[str, bool], Workload], row: Row, scale: Scale, settings: Settings) -> Workload:
+    """What a row attacks, which is kept in ``works``."""
+    case = case_of(scale, row)
+    if (case.name, False) not in works:
+        works[case.name, False] = case.prepare(settings.device)
+    if row.half_fooled and (case.name, True) not in works:
+        works[case.name, True] = half_fooled(works[case.name, False])
+    return works[case.name, row.half_fooled]
 
 
 # --- Tables -----------------------------------------------------------------------------------------------------------
