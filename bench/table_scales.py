@@ -65,15 +65,15 @@ SHORT = Lengths(
     iterations=3,
     queries=10,
     ensemble=2,
-    apgd=5,
-    cw=5,
+    apgd=4,
+    cw=4,
     momentum=1,
-    recommended=5,
+    recommended=4,
     standard=Length(steps=2, queries=10, targets=2),
 )
 
 SHORT_TEXT = TextLengths(
-    layers=2, words=10, synonyms=4, population=4, generations=2, candidates=6, iterations=5, tries=10
+    layers=2, words=8, synonyms=4, population=4, generations=2, candidates=6, iterations=5, tries=10
 )
 
 SCALES = {
@@ -82,9 +82,9 @@ SCALES = {
         Scale("paper", "the paper's sizes, for a GPU", partial(_networks, 224)),
         Scale(
             "small",
-            "images of 64 pixels, half the batches, short attacks, for two cores",
+            "images of 64 pixels, smaller batches, short attacks, for two cores",
             partial(_networks, 64),
-            {batch: batch // 2 for batch in BATCHES},
+            dict(zip(BATCHES, (2, 4, 8, 16, 24, 32), strict=True)),
             SHORT,
             True,
             SMALL_RESNET,

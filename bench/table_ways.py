@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import gradprune
 from gradprune.torch_compat.aot import functorch_config
+from gradprune.torch_compat.dynamo import dynamo_config
 
 from . import timing
 from .attack_candidates import whole
@@ -36,6 +37,8 @@ PATCHED = "patch"
 
 WAYS = (SHIPPED, FROZEN, COMPILED, ACCELERATED, PATCHED)
 """In the order of the tables."""
+
+RECOMPILATIONS = 64
 
 OFF = 1e-3
 """A pixel differs if it is off by more than this, pixels being from 0 to 1."""
@@ -249,7 +252,12 @@ def _fooled(work: Workload, found: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def sharing() -> Iterator[None]:
-    """Within it the process begins without compiled code and keeps all that comes, and drops it at the end."""
+    """Within it the process begins without compiled code and keeps all that comes, and drops it at the end.
+
+    Attacks call one network with gradients and without, in whole batches and in parts: nobody should run eagerly
+    because Dynamo has compiled it too often.
+    """
     torch.compiler.reset()
-    yield
+    with dynamo_config.patch(recompile_limit=RECOMPILATIONS):
+        yield
     torch.compiler.reset()
