@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+from .tables import TITLES
 
 STAGES = {
     0: "versions, and whether a compiled step works",
@@ -29,7 +32,6 @@ PRECISIONS: dict[str, tuple[str, ...]] = {"tf32": ("--tf32",), "fp16": ("--autoc
 CANDIDATES = ("backward", "frozen", "compile-model", "compile-model-graphs", "gradprune", "gradprune-graphs")
 TUNED = ("frozen", "compile-model-tuned", "gradprune", "gradprune-tuned")
 LAYOUT_CASES = ("resnet18-224-b32", "mobilenetv2-224-b32", "convnext_atto-224-b32")
-TABLES = ("1", "2", "3", "attackbench")
 TESTS = ("numerics", "steps", "freshness", "attacks")
 TINY = "tiny-b2"
 """What a rehearsal has in place of every network."""
@@ -43,7 +45,7 @@ class Part:
         stage: Its stage.
         name: Of its files, without the stage.
         command: What Python is called with; ``{output}`` is the folder for what it writes.
-        limit: Seconds after which it is ended.
+        limit: Seconds after which it is ended; infinite for what goes on in the next slice from where it was.
         needs: Modules without which it cannot be done.
     """
 
@@ -114,10 +116,9 @@ def _measured() -> list[Part]:
             for suffix, last in (("", ()), ("-channels-last", ("--channels-last",))):
                 words = ("layout", "--cases", case, "--distinct", *timing, *PRECISIONS[name], *last)
                 parts.append(_bench(3, f"layout-{case}-{name}{suffix}", 300, *words, timm=True))
-    parts += [
-        _bench(4, f"table-{table}", 500, "tables", "--scale", "paper", "--table", table, "--device", "cuda", timm=True)
-        for table in TABLES
-    ]
+    for table in TITLES:
+        words = ("tables", "--scale", "paper", "--table", table, "--device", "cuda", "--rounds", "1")
+        parts.append(_bench(4, f"table-{table}", math.inf, *words, timm=True))
     for case, name, precision in (
         ("resnet18-32-b128", "tf32", ("--tf32",)),
         ("resnet18-32-b128", "bf16", ("--autocast", "bf16")),

@@ -46,7 +46,7 @@ def test_every_command_can_be_parsed(rehearse: bool, xdist: bool) -> None:
     assert [part.stage for part in parts] == sorted(part.stage for part in parts)
     commands = known()
     for part in parts:
-        assert part.limit <= gpu.BUDGET
+        assert part.limit <= gpu.BUDGET or part.benchmark == "tables"
         if part.benchmark is not None:
             assert part.benchmark in commands
             arguments = build_parser(["bench"]).parse_args(part.command[1:])

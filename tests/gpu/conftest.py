@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+import torch._inductor.config
 from gpu_testing import REHEARSAL
 from helpers import interpreted
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch._inductor.config.compile_threads = 2  # for each of many processes
 
 
 @pytest.fixture(scope="session")
