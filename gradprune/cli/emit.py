@@ -8,19 +8,24 @@ from pathlib import Path
 
 from gradprune.emit.gpus import GPUS
 from gradprune.emit.record import Request
-from gradprune.emit.run import emit
-from gradprune.emit.table import table
+from gradprune.emit.run import check, emit
+from gradprune.emit.table import check_table, table
 from gradprune.errors import OptionError
 from gradprune.support.arguments import parse_whole
 from gradprune.support.progress import stage
+from gradprune.workloads.target import BATCH
 
 from .options import AUTOCAST, check_modules
+
+CHECKED = 2
+"""Images to check unless asked otherwise: an interpreter takes its time."""
 
 DESCRIPTION = """\
 Show what an attack step becomes on a GPU, without one: Inductor generates its Triton kernels and calls of libraries for
 the GPU asked for, Triton and ptxas compile them, and each call is listed with the bytes it moves and the time that the
 roofline gives it, each kernel with its registers, spills, shared memory and occupancy. All of it is a static estimate:
-nothing is run. It takes Triton (pip install "gradprune[emit]") and a C++ compiler, but no CUDA.
+nothing is run. With --check, what is generated is executed on the CPU and compared with eager. It takes Triton (pip
+install "gradprune[emit]") and a C++ compiler, but no CUDA.
 """
 
 EPILOG = """\
@@ -35,6 +40,8 @@ examples:
   gradprune emit timm:resnet18 --batch 32 --autocast fp16 --target sm_80
   gradprune emit timm:resnet18 --batch 32 --against frozen-compile  beside torch.compile with frozen parameters
   gradprune emit timm:resnet18 --output emitted                    source, PTX and cubin of every kernel, and JSON
+  gradprune emit timm:resnet18 --check --image-size 32             in Triton's interpreter, against float64
+  gradprune emit mine:net --check --blocks real --races            with the blocks of a GPU, looking for races
 
 A kernel is compiled in every configuration that Inductor would try when it first runs: registers are given from the
 least to the most, everything else for the worst. Bytes are those of whole buffers, once for each kernel that reads one
@@ -56,7 +63,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--form", choices=("step", "model"), default="step", help="compile the step, or only its model (default: step)"
     )
-    group.add_argument("--batch", type=parse_whole, default=8, metavar="N", help="images (default: %(default)s)")
+    group.add_argument("--batch", type=parse_whole, metavar="N", help=f"images (default: {BATCH}, {CHECKED} to check)")
     group.add_argument("--image-size", type=parse_whole, metavar="N", help="height and width (default: the model's)")
     group.add_argument("--disable", nargs="+", action="extend", default=[], metavar="PASS", help="leave out passes")
     group.add_argument("--exact-order", action="store_true", help="leave out passes that may round differently")
@@ -64,6 +71,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--against", choices=("frozen-compile",), help="what torch.compile makes of it with frozen parameters, too"
     )
     group.add_argument("--source-only", action="store_true", help="do not compile what is generated")
+    group = parser.add_argument_group("executing it on the CPU")
+    group.add_argument(
+        "--check", action="store_true", help="execute a model's step in Triton's interpreter, and compare it with eager"
+    )
+    group.add_argument(
+        "--blocks", choices=("big", "real"), default="big", help="as big as they may be, or as on a GPU: slow"
+    )
+    group.add_argument("--races", action="store_true", help="look for addresses that two programs share")
+    group.add_argument("--steps", type=parse_whole, default=2, metavar="N", help="of the attack (default: %(default)s)")
     group = parser.add_argument_group("what to show")
     group.add_argument("--json", action="store_true", help="print the emission as JSON")
     group.add_argument("--output", type=Path, metavar="DIR", help="write source, PTX, cubins and emission.json")
@@ -88,7 +104,7 @@ def run(arguments: argparse.Namespace) -> int:
         target=arguments.step,
         gpu=arguments.target,
         form=arguments.form,
-        batch=arguments.batch,
+        batch=arguments.batch or (CHECKED if arguments.check else BATCH),
         image_size=arguments.image_size,
         autocast=autocast,
         disable=tuple(arguments.disable),
@@ -96,6 +112,14 @@ def run(arguments: argparse.Namespace) -> int:
         against=arguments.against,
         binaries=not arguments.source_only,
     )
+    if arguments.check:
+        if arguments.output is not None or arguments.against is not None:
+            raise OptionError("--check neither writes files nor compares: leave out --output and --against")
+        with stage(f"checking {arguments.step} for {arguments.target}"):
+            options = {"real_blocks": arguments.blocks == "real", "races": arguments.races, "steps": arguments.steps}
+            checked = check(request, **options)
+        print(json.dumps(checked, indent=1) if arguments.json else check_table(checked))
+        return int(bool(checked["wrong"]))
     with stage(f"emitting {arguments.step} for {arguments.target}"):
         emitted = emit(request, arguments.output)
     print(json.dumps(emitted, indent=1) if arguments.json else table(emitted))

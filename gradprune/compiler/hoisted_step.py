@@ -125,6 +125,11 @@ class HoistedStep:
         """Have the next call look at the weights again."""
         self._weights = None
 
+    def reset(self) -> None:
+        """Have the next call find nothing that an earlier one left behind."""
+        self._values = self._weights = self._copies = self._attack = None
+        self._outputs = []
+
     def reads(self, tensors: set[int]) -> bool:
         """Whether hoisted values were computed from one of the tensors with these ids."""
         return any(id(weight) in tensors for weight, *_ in self._weights or ())
@@ -238,6 +243,12 @@ def one_attack() -> Iterator[None]:
 
 _steps: weakref.WeakSet[HoistedStep] = weakref.WeakSet()
 _optimizer_steps = 0
+
+
+def reset_all() -> None:
+    """Have all compiled steps in this process begin anew, after calls that were made with tensors of another kind."""
+    for step in list(_steps):
+        step.reset()
 
 
 def _count_optimizer_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:

@@ -43,7 +43,7 @@ class Emitter(Listener):
         self._part = part
 
     def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
-        """Generate code for one graph; what is returned computes nothing."""
+        """Generate code for one graph."""
         part, self._part = self._part or "prologue", ""  # of which listeners are not told
         return self.keep(part, gm, inputs, **kwargs)
 
@@ -57,6 +57,10 @@ class Emitter(Listener):
         known = sum(name.partition(" ")[0] == part for name, _ in self.parts)
         if generated is not None:
             self.parts.append((f"{part} {known + 1}" if known else part, generated))
+        return self.result(generated, nothing)
+
+    def result(self, generated: Generated | None, nothing: Callable[..., Any]) -> Callable[..., Any]:
+        """What is called in place of the graph: something that computes nothing."""
         return nothing
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gradprune.errors import GradpruneError, OptionError
+from gradprune.support.files import write_json
 
 from .device import CAPABILITY, build
 from .gpus import GPUS
@@ -61,12 +62,37 @@ def emit(request: Request, output: Path | None = None) -> dict[str, Any]:
     check_requirements()
     if output is not None and output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise OptionError(f"--output {output} exists: pass a folder that does not, or an empty one")
+    return _work(request, None, output)
+
+
+def check(request: Request, *, real_blocks: bool = False, races: bool = False, steps: int = 2) -> dict[str, Any]:
+    """Execute on the CPU what is generated for a GPU, and compare it with eager, in a process of its own.
+
+    Args:
+        request: What to check; its target is a model.
+        real_blocks: Take the block sizes that a GPU would try first, not the biggest: many times as slow.
+        races: Look for addresses that two programs share.
+        steps: Steps of the attack.
+
+    Returns:
+        ``CheckOutcome.to_dict()``; ``wrong`` is empty if it passes.
+
+    Raises:
+        OptionError: The target is no model.
+        GradpruneError: It cannot be emitted, or a kernel does what it must not.
+    """
+    check_requirements()
+    return _work(request, {"real_blocks": real_blocks, "races": races, "steps": steps}, None)
+
+
+def _work(request: Request, checks: dict[str, Any] | None, output: Path | None) -> dict[str, Any]:
+    """Have a worker carry a request out."""
     library = build()
     with tempfile.TemporaryDirectory(prefix="gradprune-emit-") as temporary:
         folder = Path(temporary, "emission")
         folder.mkdir()
-        asked, result = Path(temporary, "request.json"), folder / "emission.json"
-        asked.write_text(json.dumps(dataclasses.asdict(request)), encoding="utf-8")
+        job, result = Path(temporary, "job.json"), folder / "emission.json"
+        write_json(job, {"request": dataclasses.asdict(request), "check": checks})
         environment = {
             **os.environ,
             CAPABILITY: str(GPUS[request.gpu].capability),
@@ -75,20 +101,21 @@ def emit(request: Request, output: Path | None = None) -> dict[str, Any]:
             "TORCHINDUCTOR_CACHE_DIR": str(Path(temporary, "inductor")),
             "TRITON_CACHE_DIR": str(Path(temporary, "triton")),
             "TRITON_DEFAULT_FP_FUSION": "1",
+            "TRITON_INTERPRET": str(int(checks is not None)),
         }
-        command = [sys.executable, "-m", "gradprune.emit.worker", str(library), str(asked), str(result)]
+        command = [sys.executable, "-m", "gradprune.emit.worker", str(library), str(job), str(result)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if not result.exists():
             raise GradpruneError(f"the process that emits ended with status {done.returncode}: {done.stderr[-TAIL:]}")
-        emitted: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
-        if "error" in emitted:
-            if emitted["kind"] == "option":
-                raise OptionError(emitted["error"])
-            said = f"\n{done.stderr[-TAIL:]}" if emitted["kind"] == "unforeseen" else ""
-            raise GradpruneError(f"{emitted['error']}{said}")
+        found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+        if "error" in found:
+            if found["kind"] == "option":
+                raise OptionError(found["error"])
+            said = f"\n{done.stderr[-TAIL:]}" if found["kind"] == "unforeseen" else ""
+            raise GradpruneError(f"{found['error']}{said}")
         if output is not None:
             _keep(folder, output)
-    return emitted
+    return found
 
 
 def _keep(folder: Path, output: Path) -> None:

@@ -47,6 +47,31 @@ def table(emitted: Mapping[str, Any]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
+def check_table(checked: Mapping[str, Any]) -> str:
+    """Print-out of a check.
+
+    Args:
+        checked: ``CheckOutcome.to_dict()``.
+    """
+    request, counts = checked["request"], dict(checked["counts"])
+    launches, programs = counts.pop("launches", 0), counts.pop("programs", 0)
+    lines = [
+        f"gradprune emit --check {request['target']} for {request['gpu']}, {request['form']} form, batch "
+        f"{request['batch']}: executed on a CPU, kernels in Triton's interpreter, libraries by ATen",
+        f"  {launches} launches, {programs} programs{''.join(f', {n} {what}' for what, n in counts.items())}",
+        "",
+        "  distance of the input gradient from eager float64, and pixels that differ although their sign is certain",
+        f"  {'step':>4}{'generated':>12}{'eager':>10}{'median image':>15}{'eager':>10}{'pixels':>18}{'loss':>10}",
+    ]
+    for number, step in enumerate(checked["steps"]):
+        lines.append(
+            f"  {number:>4}{step['generated']:>12.1e}{step['eager']:>10.1e}{step['generated_median']:>15.1e}"
+            f"{step['eager_median']:>10.1e}{step['differing']:>8} of {step['usable']:>6}{step['loss']:>10.1e}"
+        )
+    lines += ["", *(f"wrong: {one}" for one in checked["wrong"]), f"{'fails' if checked['wrong'] else 'passes'}."]
+    return "\n".join([*lines, f"Not shown by this: {checked['not_shown']}."])
+
+
 def _call_line(position: int, call: Mapping[str, Any], configs: Sequence[Mapping[str, Any]] | None) -> str:
     name = call["name"].removeprefix("triton_")
     if len(name) > WIDTH - 2:

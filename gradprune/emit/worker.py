@@ -1,4 +1,4 @@
-"""The process that emits: ``python -m gradprune.emit.worker LIBRARY REQUEST RESULT`` loads the device, then torch."""
+"""The process that emits: ``python -m gradprune.emit.worker LIBRARY JOB RESULT`` loads the device, then torch."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import traceback
 from pathlib import Path
 
 
-def main(library: str, request: str, result: str) -> int:
-    """Carry a request out.
+def main(library: str, job: str, result: str) -> int:
+    """Carry a job out.
 
     Args:
         library: What registers the device.
-        request: A JSON file with the fields of a ``Request``.
-        result: JSON file to write: an ``Emission``, or ``error`` and ``kind``. All else there is goes beside it.
+        job: A JSON file with the fields of a ``Request``, and arguments of ``check_here`` if it is to be checked.
+        result: JSON file to write: an ``Emission`` or a ``CheckOutcome``, or else ``error`` and ``kind``. All else goes
+            beside it.
     """
     if "torch" in sys.modules:
         raise RuntimeError("the device has to be loaded before torch, which was imported already")
@@ -23,13 +24,19 @@ def main(library: str, request: str, result: str) -> int:
     from gradprune.errors import GradpruneError, OptionError
     from gradprune.support.files import write_json
 
-    from .emission import emit_here
     from .record import Request
 
-    fields = json.loads(Path(request).read_text(encoding="utf-8"))
-    fields["disable"] = tuple(fields["disable"])
+    asked = json.loads(Path(job).read_text(encoding="utf-8"))
+    request = Request(**{**asked["request"], "disable": tuple(asked["request"]["disable"])})
     try:
-        emitted = emit_here(Request(**fields), Path(result).parent)
+        if asked["check"] is None:
+            from .emission import emit_here
+
+            emitted = emit_here(request, Path(result).parent)
+        else:
+            from .check import check_here
+
+            emitted = check_here(request, **asked["check"]).to_dict()
     except GradpruneError as error:
         kind = "option" if isinstance(error, OptionError) else "error"
         write_json(Path(result), {"error": str(error), "kind": kind})

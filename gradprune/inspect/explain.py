@@ -101,7 +101,7 @@ def analyse(
         found.append(recorder.report)
         return compiled
 
-    _call(fn, args, compile_one, flags=tuple(dynamo.TRACED_FLAGS), backward=backward)
+    call_compiled(fn, args, compile_one, flags=tuple(dynamo.TRACED_FLAGS), backward=backward)
     with_gradient = [report for report in found if report.takes_gradient]
     if not with_gradient:
         raise NoPerturbationError(
@@ -174,13 +174,13 @@ def compile_frozen(
     for weight in weights:
         weight.requires_grad_(False)
     try:
-        _call(fn, args, compile_one, backward=True)
+        call_compiled(fn, args, compile_one, backward=True)
     finally:
         for weight in weights:
             weight.requires_grad_(True)
 
 
-def _call(
+def call_compiled(
     fn: Callable[..., Any],
     args: Sequence[Any],
     compile_graph: Callable[..., Any],
@@ -188,9 +188,10 @@ def _call(
     flags: Sequence[str] = (),
     backward: bool = False,
 ) -> None:
-    """Call a function whose graphs are compiled to nothing, under flags of Dynamo; stored gradients are taken back.
+    """Call a function whose graphs are compiled by ``compile_graph``; stored gradients are taken back.
 
-    With ``backward``, what is returned is differentiated: only then does torch compile a model's backward graph.
+    What is compiled is called with what the function is, and should compute nothing. ``flags`` are Dynamo's. With
+    ``backward``, what is returned is differentiated: only then does torch compile a model's backward graph.
     """
     fn = getattr(fn, "_gradprune_original", fn)
     fn = getattr(fn, "_torchdynamo_orig_callable", fn)

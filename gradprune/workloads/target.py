@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
 from collections.abc import Callable, Iterator
@@ -81,6 +82,35 @@ def load_target(options: TargetOptions) -> Target:
         else:
             function, args = made
     return Target(function, args, context)
+
+
+def load_real_model(options: TargetOptions) -> tuple[nn.Module, tuple[int, int, int]]:
+    """A model with its weights, in evaluation mode on the CPU, and the shape ``(C, H, W)`` of its images.
+
+    Raises:
+        OptionError: There is no such target, or it is no model.
+    """
+    if options.name.startswith(TIMM):
+        let_torchvision_import()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        made = _make(options.name)
+    if not isinstance(made, nn.Module):
+        raise OptionError(f"{options.name} is a step of its own, and what is wanted is a model: pass that")
+    model = made.eval()
+    return model, _shape(model, options)
+
+
+def without_memory(model: nn.Module, mode: FakeTensorMode, device: str) -> nn.Module:
+    """A copy of a model, of tensors without memory on a device."""
+    copied = copy.deepcopy(model)
+    _take_memory(copied, mode, device)
+    return copied
+
+
+def in_autocast(model: nn.Module, device: str, dtype: torch.dtype | None) -> nn.Module:
+    """A model that computes in another type, with logits in float32; ``None`` leaves it as it is."""
+    return model if dtype is None else _Autocast(model, device, dtype).eval()
 
 
 def _timm(options: ModelOptions, mode: FakeTensorMode, device: str) -> nn.Module:
@@ -193,7 +223,7 @@ def _stock(model: nn.Module, options: TargetOptions) -> tuple[Callable[..., Any]
     """One step of PGD in the Linf ball on ``model``, or the model as such an attack calls it."""
     x = torch.rand(options.batch, *_shape(model, options))
     if options.autocast is not None:
-        model = _Autocast(model, options.device, getattr(torch, options.autocast))
+        model = in_autocast(model, options.device, getattr(torch, options.autocast))
     if options.form == "model":
         return model, (x.requires_grad_(True),)
 

@@ -43,6 +43,52 @@ def tiny():
     return Tiny().eval()
 
 
+class Mixed(nn.Module):
+    # One of each: batch norm, depthwise convolution, SiLU, GELU, group norm, clamps, average pooling.
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.batch = nn.BatchNorm2d(8)
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.wide = nn.Conv2d(8, 12, 1)
+        self.group = nn.GroupNorm(4, 12)
+        self.last = nn.Linear(12, 10)
+
+    def forward(self, x):
+        x = F.silu(self.batch(self.a(x)))
+        x = F.hardtanh(self.group(self.wide(x + F.gelu(self.depthwise(x)))))
+        return self.last(F.avg_pool2d(x, 2).mean((2, 3)))
+
+
+class Overlapping(nn.Module):
+    # Pooling windows that overlap, as at the beginning of a ResNet.
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.b = nn.Conv2d(8, 8, 3, padding=1)
+        self.last = nn.Linear(8, 10)
+
+    def forward(self, x):
+        x = F.max_pool2d(F.relu(self.a(x)), 3, 2, 1)
+        return self.last((x + F.relu(self.b(x))).mean((2, 3)))
+
+
+class Mnist(nn.Module):
+    pretrained_cfg = {"input_size": (1, 28, 28)}
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Conv2d(1, 32, 5, padding=2)
+        self.b = nn.Conv2d(32, 64, 5, padding=2)
+        self.c = nn.Linear(64 * 7 * 7, 1024)
+        self.last = nn.Linear(1024, 10)
+
+    def forward(self, x):
+        x = F.max_pool2d(F.relu(self.a(x)), 2)
+        x = F.max_pool2d(F.relu(self.b(x)), 2)
+        return self.last(F.relu(self.c(x.flatten(1))))
+
+
 def double():
     model = nn.Conv2d(3, 4, 3, dtype=torch.float64)
 
