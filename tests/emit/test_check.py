@@ -98,9 +98,8 @@ def test_generated_code_computes_what_eager_does(outcomes: Mapping[str, dict[str
 
 
 def test_values_of_the_prologue_are_used_again(outcomes: Mapping[str, dict[str, Any]]):
-    """The prologue of the tiny network has three kernels, which the second step does not launch."""
-    launches = outcomes["tiny"]["counts"]["launches"]
-    assert launches % 2 == 1
+    """The second step launches less than the first; what is broken in ``mask`` launches as much in its one step."""
+    assert outcomes["tiny"]["counts"]["launches"] < 2 * outcomes["mask"]["counts"]["launches"]
 
 
 def test_blocks_of_a_gpu_make_more_programs(outcomes: Mapping[str, dict[str, Any]]):
