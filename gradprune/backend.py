@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -10,7 +11,8 @@ from typing import Any, TypeVar
 import torch
 from torch import fx
 
-from .compiler.lower import compile_graph
+from .compiler import apart
+from .compiler.lower import compile_graph, compile_job
 from .compiler.options import Options
 from .errors import GradpruneError
 from .inspect.observe import Observer
@@ -92,17 +94,27 @@ def _forget(gone: weakref.ref[Any]) -> None:
     _left_out[:] = [entry for entry in _left_out if entry[0] is not gone]
 
 
+def compile_apart() -> None:
+    """Compile and store what another process writes to this one's input, see the option ``background``."""
+    apart.be_less_urgent()
+    job = apart.Job.read(sys.stdin)
+    compilation = job.compilation()
+    compilation.listeners = [Recorder()]
+    compile_job(job, compilation)
+
+
 def reports(compiled: Callable[..., Any] | torch.nn.Module) -> list[Report]:
     """The reports of what has been compiled so far for one ``torch.compile`` call.
 
     Args:
         compiled: What ``torch.compile(..., backend="gradprune")``, ``gradprune.compile``, ``gradprune.accelerate`` or
             ``gradprune.patch`` returned. Compilation happens at the first call, so before it the list is empty; graph
-            breaks and recompilations add a report each.
+            breaks and recompilations add a report each. What is compiled in the background is waited for.
 
     Raises:
         GradpruneError: ``compiled`` is not compiled by gradprune.
     """
+    apart.finish_all()
     patched = getattr(compiled, "__dict__", {}).get("_gradprune_patched")
     if patched is not None:
         return [report for model in patched.models.compiled.values() for report in reports(model)]

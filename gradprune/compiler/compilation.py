@@ -40,6 +40,8 @@ class Compilation:
         inner_compile: What turns an ATen graph into a callable.
         run_prologue: Whether to divide a step into a prologue and the rest. Not for a graph that never computes.
         capture: What Dynamo's graph says about itself.
+        module_state: Names of the inputs of Dynamo's graph that are parameters or buffers of modules.
+        is_apart: Whether another process compiles it.
         prunes: Whether passes run; if not, no more is changed than that weight gradients are not returned.
         was_traced: Whether the passes were shown the ATen graph of the whole capture.
         parts: The divided step, if it was divided.
@@ -54,6 +56,8 @@ class Compilation:
     inner_compile: InnerCompile = compile_fx_inner
     run_prologue: bool = True
     capture: Capture = field(default_factory=lambda: Capture("model", []))
+    module_state: frozenset[str] = frozenset()
+    is_apart: bool = False
     prunes: bool = True
     was_traced: bool = False
     parts: Split | None = None

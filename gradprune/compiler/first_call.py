@@ -13,6 +13,7 @@ inputs that are written and share memory.
 
 from __future__ import annotations
 
+import operator
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -62,7 +63,7 @@ class FirstCall:
 
     def __init__(self, compiled: Callback, captured: fx.GraphModule, compilation: Compilation, seconds: float) -> None:
         self._compiled = compiled
-        self._captured: fx.GraphModule | None = _without_weight_gradients(captured, compilation.capture)
+        self._captured: fx.GraphModule | None = captured
         self._compilation = compilation
         self._seconds = seconds
         self._roles = compilation.capture.inputs
@@ -248,22 +249,56 @@ def _distance(value: Tensor, reference: Tensor) -> float:
     return distance if distance == distance else float("inf")
 
 
-def _without_weight_gradients(captured: fx.GraphModule, capture: Capture) -> fx.GraphModule:
-    """A step that returns none, which is not to hold more memory than it would in eager mode."""
-    outputs = captured.graph.output_node().args[0]
-    if capture.form == "step" and isinstance(outputs, (tuple, list)):
-        dropped = {position for position, role in capture.outputs.items() if role is OutputRole.WEIGHT_GRAD}
-        set_outputs(captured.graph, [None if at in dropped else output for at, output in enumerate(outputs)])
-        captured.recompile()
-    return captured
+def without_metadata(gm: fx.GraphModule, capture: Capture) -> fx.GraphModule:
+    """A copy of a captured graph to run eagerly, which holds on to none of the tensors it was captured with.
 
-
-def without_metadata(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy of a captured graph that computes the same, and holds on to none of the tensors it was captured with."""
+    A step computes no weight gradient that nothing reads: it is not to take more memory and time than with frozen
+    weights.
+    """
     copy = fx.GraphModule(gm, copy_graph(gm.graph))
     for node in copy.graph.nodes:
         node.meta.clear()
+    if capture.form == "step":
+        _freeze(copy.graph, capture)
+        copy.recompile()
     return copy
+
+
+def _freeze(graph: fx.Graph, capture: Capture) -> None:
+    """Take the weight gradients out of a captured step that are not among its visible results."""
+    outputs = list(graph.output_node().args[0])  # type: ignore[arg-type]
+    dropped = {position for position, role in capture.outputs.items() if role is OutputRole.WEIGHT_GRAD}
+    buffers = [outputs[position] for position in dropped]
+    set_outputs(graph, [None if position in dropped else value for position, value in enumerate(outputs)])
+    for buffer in buffers:
+        for user in list(buffer.users):
+            if user.op == "call_method" and user.args[0] is buffer and not user.users:
+                graph.erase_node(user)  # which writes the gradient to it
+        if not buffer.users and buffer.op != "placeholder":
+            graph.erase_node(buffer)
+    wanted: set[fx.Node] = set()
+    for call in [node for node in graph.nodes if node.name in capture.gradient_calls]:
+        wanted.update(call.all_input_nodes)
+        if call.target is not torch.autograd.grad or any(user.target is not operator.getitem for user in call.users):
+            continue
+        inputs = list(call.args[1]) if isinstance(call.args[1], (list, tuple)) else []
+        items = {user: inputs[user.args[1]] for user in list(call.users)} if inputs else {}
+        for item in [item for item in items if not item.users]:
+            graph.erase_node(item)
+            del items[item]
+        if items:
+            kept = [value for value in inputs if value in items.values()]
+            call.args = (call.args[0], kept, *call.args[2:])
+            for item, value in items.items():
+                item.args = (call, kept.index(value))
+            wanted.difference_update(set(inputs) - set(kept))
+    last = list(graph.find_nodes(op="placeholder"))[-1]
+    for node, role in zip(list(graph.find_nodes(op="placeholder")), capture.inputs, strict=True):
+        if role is InputRole.WEIGHT and node.users and node not in wanted:
+            with graph.inserting_after(last):
+                detached = graph.call_method("detach", (node,))
+            node.replace_all_uses_with(detached, delete_user_cb=lambda user, kept=detached: user is not kept)
+    graph.lint()
 
 
 def unrepeatable(graph: fx.Graph) -> str:

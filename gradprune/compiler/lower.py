@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import logging
 import time
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from gradprune.torch_compat.instructions import find_early
 from gradprune.torch_compat.kernels import compiling_together
 
 from . import devices, stored
+from .apart import Job, Meanwhile
 from .capture import capture
 from .compilation import Callback, Compilation, InnerCompile
 from .devices import out_of_cuda_graphs
@@ -33,6 +35,8 @@ from .options import Options
 from .prologue import make_prologue
 from .pruning import PruningPass
 from .split import Split, erase_stand_ins, forward_of
+
+log = logging.getLogger(__name__)
 
 
 def compile_graph(
@@ -64,15 +68,40 @@ def compile_graph(
     dynamo.forget_sources_of_constants()
     compilation = Compilation(options, listeners, inner_compile, run_prologue)
     compilation.tell("captured", gm.graph, example_inputs)
+    with _compiling(compilation):
+        return _compile(gm, example_inputs, compilation)
+
+
+def compile_job(job: Job, compilation: Compilation) -> Callback:
+    """Compile what another process captured, or this one to be compiled by another.
+
+    Args:
+        job: The job.
+        compilation: The compilation of it; its listeners are told of every stage, and the last of them stores it.
+
+    Returns:
+        A callable that takes and returns what Dynamo's graph does.
+    """
+    compilation.listeners = [*compilation.listeners, stored.Storing(job.key, compilation)]
+    compilation.is_apart = False
+    with _compiling(compilation):
+        module = job.module()
+        inputs = [node.meta["example_value"] for node in module.graph.find_nodes(op="placeholder")]
+        return _compile_classified(module, inputs, compilation)
+
+
+@contextmanager
+def _compiling(compilation: Compilation) -> Iterator[None]:
+    """Tell listeners how a compilation ends, and leave nothing behind that goes on."""
     try:
-        compiled = _compile(gm, example_inputs, compilation)
+        yield
     except BaseException as error:
         compilation.tell("abandoned", error)
         raise
     finally:
         background.wait()  # what is left of it may lose the folder it compiles in
-    compilation.tell("finished")
-    return compiled
+    if not compilation.is_apart:
+        compilation.tell("finished")
 
 
 def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], compilation: Compilation) -> Callback:
@@ -80,6 +109,8 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], compilation: Com
 
     def classify() -> None:
         compilation.capture = capture(gm, forward_only=options.forward_only)
+        placeholders = gm.graph.find_nodes(op="placeholder")
+        compilation.module_state = frozenset(node.name for node in placeholders if dynamo.is_module_state(node))
 
     classified = compilation.attempt(
         Fallback.CAPTURED, gm.graph, classify, "the captured graph could not be classified"
@@ -95,19 +126,47 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], compilation: Com
         _begin_to_compile(gm.graph, compilation)
     key = stored.key_of(gm, example_inputs, compilation)
     is_checked = options.check != "never" and compilation.run_prologue
-    captured = without_metadata(gm) if is_checked else None
-    compiled = _stored(key, compilation) or _compile_classified(gm, example_inputs, compilation)
-    if captured is not None and compilation.was_traced:
-        compiled = FirstCall(compiled, captured, compilation, time.perf_counter() - start)
-    return with_calling_convention(compiled, compilation.capture)
+    captured = without_metadata(gm, compilation.capture) if is_checked or options.background else None
+
+    def checked(compiled: Callback) -> Callback:
+        if captured is None or not (is_checked and compilation.was_traced):
+            return compiled
+        return FirstCall(compiled, captured, compilation, time.perf_counter() - start)
+
+    found = stored.load(key, compilation) if key else None
+    if found is None and options.background and captured is not None:
+        found = _compile_meanwhile(key, gm, example_inputs, compilation, captured, checked)
+        if found is not None:
+            return with_calling_convention(found, compilation.capture)
+    if key:
+        compilation.listeners = [*compilation.listeners, stored.Storing(key, compilation)]
+    compiled = found or _compile_classified(gm, example_inputs, compilation)
+    return with_calling_convention(checked(compiled), compilation.capture)
 
 
-def _stored(key: str, compilation: Compilation) -> Callback | None:
-    """What is stored under ``key``; if nothing is, see to it that what is compiled will be."""
-    if not key:
+def _compile_meanwhile(
+    key: str,
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    compilation: Compilation,
+    captured: fx.GraphModule,
+    checked: Callable[[Callback], Callback],
+) -> Callback | None:
+    """Have another process compile a step, and run the captured graph until it has; ``None`` if that cannot be."""
+    job = Job.of(key, gm, example_inputs, compilation) if key else None
+    if job is None:
+        log.info("gradprune: compiled at once and not in the background, see the option 'background'")
         return None
-    compilation.listeners = [*compilation.listeners, stored.Storing(key, compilation)]
-    return stored.load(key, compilation)
+
+    def load() -> Callback | None:
+        compiled = stored.load(key, compilation)
+        if compiled is None:
+            return None
+        compilation.tell("finished")
+        return checked(compiled)
+
+    compilation.is_apart = True
+    return Meanwhile(job, captured, load, lambda job: checked(compile_job(job, compilation)))
 
 
 def _compile_classified(gm: fx.GraphModule, example_inputs: Sequence[Any], compilation: Compilation) -> Callback:
@@ -152,7 +211,7 @@ def _compile_pruned(gm: fx.GraphModule, example_inputs: Sequence[Any], compilati
 
 def _run_passes_before_autograd(gm: fx.GraphModule, compilation: Compilation) -> None:
     graph, options = gm.graph, compilation.options
-    weights = frozenset(node for node in graph.find_nodes(op="placeholder") if dynamo.is_module_state(node))
+    weights = frozenset(node for node in graph.find_nodes(op="placeholder") if node.name in compilation.module_state)
     captured = CapturedGraph(graph, compilation.capture.form, weights)
 
     def observe(record: PassRecord) -> None:

@@ -31,6 +31,10 @@ class Options:
         forward_only: Move what depends on weights alone out of a function that takes no gradient as well, for the
             queries of a black-box attack. Such calls continue nothing, so weights are compared with their copies at
             each; for attacks of ``gradprune.attacks`` at the first.
+        background: Have another process compile a step, and run the captured graph meanwhile, eagerly and with frozen
+            weights: the first call takes as long as Dynamo takes to capture it. What cannot be stored for later
+            processes is compiled at once: models that are called from outside, symbolic sizes, steps that write their
+            inputs, passes of your own, what runs on a GPU.
         strict: Raise when a pass fails. By default the graph is compiled as it was captured, with one warning, and
             the reason is in the report.
         check: When to compare what is compiled with the captured graph run eagerly on the same inputs: ``"first"``, at
@@ -52,6 +56,7 @@ class Options:
     passes: tuple[Pass, ...] = ()
     always_refresh: bool = False
     forward_only: bool = False
+    background: bool = False
     strict: bool = False
     check: str = "auto"
     verify: bool = False

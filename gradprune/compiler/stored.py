@@ -38,7 +38,7 @@ from .split import Split
 log = logging.getLogger(__name__)
 
 UNSTORED_OPTIONS = ("dump", "dump_inputs", "passes")
-"""Options with which nothing is stored; all others are part of the key."""
+"""Options with which nothing is stored; all others are part of the key, but for those that change nothing."""
 
 
 def key_of(gm: fx.GraphModule, inputs: Sequence[Any], compilation: Compilation) -> str:
@@ -54,6 +54,7 @@ def key_of(gm: fx.GraphModule, inputs: Sequence[Any], compilation: Compilation) 
     """
     options, capture = compilation.options, compilation.capture
     chosen = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
+    del chosen["background"]
     if capture.form != "step" or any(chosen.pop(name) for name in UNSTORED_OPTIONS) or not inductor.may_store():
         return ""
     if compilation.inner_compile is not inductor.compile_fx_inner or not compilation.run_prologue:

@@ -64,7 +64,10 @@ class Runtime:
             raise OptionError(f"autocast has to be torch.float16, torch.bfloat16 or None, not {self.autocast!r}")
         if self.batch_size is not None and self.batch_size < 1:
             raise OptionError(f"batch_size has to be at least 1, not {self.batch_size}")
-        Options.parse(self.options)
+        if Options.parse(self.options).background and self.compile == "auto":
+            raise OptionError(
+                'compile="auto" begins eagerly by itself: leave out the option background, or compile=True'
+            )
 
     @contextmanager
     def attack(self, model: Any, x: Tensor) -> Iterator[Query]:

@@ -21,6 +21,7 @@ from torch._functorch._aot_autograd.descriptors import (
 from torch._functorch._aot_autograd.schemas import OutputType
 from torch._functorch.eager_transforms import _autograd_grad as functorch_grad
 from torch._subclasses.fake_tensor import FakeTensorMode, is_fake
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import _disable_current_modes as without_modes
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "InputMutationAOTOutput",
     "PlainAOTInput",
     "PlainAOTOutput",
+    "ShapeEnv",
     "TangentAOTInput",
     "at_end_of_backward",
     "current_graph_task",
