@@ -241,6 +241,8 @@ def genetic(search: Search) -> Sentence:
         if scores[top].argmax() != search.label:
             break
         fitness = 1 - scores[:, search.label].astype(float)
+        if not fitness.sum():
+            break
         parents = search.random.choice(size, (size - 1, 2), p=fitness / fitness.sum())
         masks = search.random.uniform(size=(size - 1, len(elite))) < 0.5
         crossed = [numpy.where(mask, population[a], population[b]) for mask, (a, b) in zip(masks, parents, strict=True)]
