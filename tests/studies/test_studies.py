@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 import gradprune
 from gradprune.attacks import Runtime
 from gradprune.cli.main import main
-from gradprune.errors import TrainingError
+from gradprune.errors import OptionError, TrainingError
 from gradprune.studies import lottery, robustness, usefulness
 from gradprune.studies.context import Context, Options
 from gradprune.studies.convolution import UnfoldConv2d
@@ -24,6 +25,7 @@ from gradprune.studies.lottery import LotteryStudy, pruned
 from gradprune.studies.networks import BinaryNet, TicketNet
 from gradprune.studies.records import read_lines
 from gradprune.studies.registry import STUDIES
+from gradprune.studies.robustness import RobustnessStudy
 from gradprune.studies.usefulness import UsefulnessStudy, Votes
 from gradprune.studies.vision import Attention, Block, build, resnet18
 from gradprune.studies.written import as_written
@@ -142,6 +144,36 @@ def test_masked_weights_stay_away() -> None:
     lottery.set_masks(net, [torch.zeros_like(mask) for mask in net.masks])
     assert torch.equal(net(torch.rand(2, 1, 4, 4)), net.layers[-1].bias.expand(2, 3))
     assert all(isinstance(layer, nn.Linear) for layer in net.layers)
+
+
+# --- Data -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_best_digits_that_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    images = load_images(None, tmp_path)
+    assert images.name == "1,797 digits (scikit-learn)"
+    assert images.shape == (1, 8, 8)
+    assert len(images.only(7, 3).train_x) == 7
+
+
+def test_photographs_of_a_folder_or_a_rehearsal(tmp_path: Path) -> None:
+    for label in ("cats", "dogs"):
+        (tmp_path / "pets" / label).mkdir(parents=True)
+        for number in range(5):
+            pixels = torch.randint(256, (20, 24, 3), dtype=torch.uint8).numpy()
+            Image.fromarray(pixels).save(tmp_path / "pets" / label / f"{number}.png")
+    study, scale = RobustnessStudy(), robustness.Scale(16, 2, (3, 2), train=5, test=2)
+    images = study.load(str(tmp_path / "pets"), tmp_path, scale)
+    assert (images.name, images.classes, images.shape) == ("pets", 2, (3, 16, 16))
+    assert (len(images.train_x), len(images.test_x)) == (5, 2)
+    rehearsal = study.load("digits", tmp_path, scale)
+    assert "rehearsal" in rehearsal.name
+    assert rehearsal.train_x.shape == (6, 3, 16, 16)
+    assert sorted(rehearsal.test_y.tolist()) == [0, 0, 1, 1]
+    assert 0 <= float(rehearsal.train_x.min()) < float(rehearsal.train_x.max()) <= 1
+    with pytest.raises(OptionError, match="did you mean 'vit'"):
+        study.run(Options(tmp_path, "toy", arch=("vet",), eager=True, tensorboard=False), rehearsal, scale)
 
 
 # --- Robustness -------------------------------------------------------------------------------------------------------
