@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,7 @@ from gradprune.attacks import BIM, FGSM, PGD, Runtime
 from gradprune.cli.main import main
 from gradprune.errors import OptionError
 from gradprune.studies import lab
-from gradprune.studies.context import Options
-from gradprune.studies.data import Batches, load_images
-from gradprune.studies.lab import LabStudy
+from gradprune.studies.data import Batches
 from gradprune.studies.records import Records, read_lines
 from gradprune.studies.training import seeded
 from gradprune.studies.written import as_written
@@ -94,23 +91,6 @@ def test_a_record_of_other_settings_is_refused(tmp_path: Path, capsys: pytest.Ca
         again.resume()
     assert main(["study", "lap"]) == 2
     assert "did you mean 'lab'?" in capsys.readouterr().err
-
-
-def test_compiled_and_eager_agree_and_nothing_is_compiled_late(tmp_path: Path) -> None:
-    images = load_images("digits", tmp_path)
-    found = {}
-    for eager in (False, True):
-        scale = lab.Scale(64, 32, epochs=2, eps=(0, 0.3))
-        options = Options(tmp_path, "toy", eager=eager, tensorboard=False)
-        outcome = LabStudy().run(options, images, scale)
-        found[eager] = outcome
-    run = found[False].run
-    assert run["attack_graphs"] > 0
-    assert run["graphs_after_first_epoch"] == run["weight_gradient_flops"] == 0 < run["input_gradient_flops"]
-    assert found[True].run["graphs"] == 0
-    ours, theirs = (json.loads(json.dumps(found[eager].tables[0].rows)) for eager in (False, True))
-    for row, other in zip(ours, theirs, strict=True):
-        assert [float(value) for value in row] == pytest.approx([float(value) for value in other], abs=7)
 
 
 @pytest.mark.parametrize(

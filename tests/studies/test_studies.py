@@ -23,6 +23,7 @@ from gradprune.studies.convolution import UnfoldConv2d
 from gradprune.studies.data import Images, load_images
 from gradprune.studies.lottery import LotteryStudy, pruned
 from gradprune.studies.networks import BinaryNet, TicketNet
+from gradprune.studies.page import write_pages
 from gradprune.studies.records import read_lines
 from gradprune.studies.registry import STUDIES
 from gradprune.studies.robustness import RobustnessStudy
@@ -101,11 +102,22 @@ def lottery_run(folder: Path, images: Images, **settings: Any) -> Any:
     return LotteryStudy().run(Options(folder, "toy", tensorboard=False, **settings), images, scale)
 
 
-def test_no_round_recompiles(tmp_path: Path) -> None:
-    lottery_run(tmp_path, load_images("digits", tmp_path))
+def test_no_round_recompiles_and_results_are_those_of_eager(tmp_path: Path) -> None:
+    images = load_images("digits", tmp_path)
+    compiled, eager = (lottery_run(tmp_path, images, eager=eager) for eager in (False, True))
     runs = [line["run"] for line in read_lines(tmp_path / "lottery" / "record.jsonl")[1:]]
     assert [run["graphs"] for run in runs] == [1, 0, 0, 0, 0, 0]
     assert all(run["weight_gradient_flops"] == 0 < run["input_gradient_flops"] for run in runs)
+    assert compiled.run["times_as_fast"] > 0
+    assert eager.run["graphs"] == 0
+    both = zip(figures(tmp_path / "lottery"), figures(tmp_path / "lottery-eager"), strict=True)
+    for (key, ours), (other, theirs) in both:
+        assert key == other
+        for way in lottery.COLORS:  # of 40 images, rounding may turn a few
+            assert ours[way] == pytest.approx(theirs[way], abs=0.08)
+    write_pages(tmp_path, ["lottery"])
+    (row,) = (line for line in (tmp_path / "index.md").read_text().splitlines() if line.startswith("| lottery |"))
+    assert f"{eager.run['seconds']:.0f}" in row.split(" | ")
 
 
 def test_rounds_go_on_where_they_were_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
