@@ -54,8 +54,8 @@ shown as failed and not timed. Everything is written as raw JSON with the enviro
 
 "attacks" runs whole attacks instead, beside the same ones of Torchattacks where that is installed, and "verdict" those
 that robust accuracies are reported with. "training" runs iterations of adversarial training: attack, forward and
-backward pass, update. "objectives" trains with each. "tables" runs attacks of other libraries as shipped, frozen, frozen
-and compiled, accelerated and patched, as the paper's tables have them.
+backward pass, update. "objectives" trains with each. "tables" runs attacks of other libraries as shipped, frozen,
+frozen and compiled, accelerated and patched, as the paper's tables have them.
 """
 
 EPILOG = """\
