@@ -14,7 +14,7 @@ class Claim:
 
     Attributes:
         text: What it says, with the paper as REFERENCE.md calls it, such as ``[LR]``.
-        criterion: When it counts as reproduced; written down before anything was measured.
+        criterion: When it counts as reproduced.
         found: What was measured.
         holds: Whether it was reproduced; ``None`` where this run cannot tell.
     """

@@ -18,8 +18,8 @@ EAGER = "-eager"
 MARKS = {True: "reproduced", False: "not reproduced", None: "not tested"}
 LEGEND = (
     "Numbers in parentheses are the paper's: **=** where ours is within five points of it, **≠** where it is not. A "
-    "claim counts as reproduced by the criterion beside it, which was written before anything was measured; one "
-    "that is not reproduced at this scale is a finding, not a failure."
+    "claim counts as reproduced by the criterion beside it, whatever else the numbers look like; one that is not "
+    "reproduced at this scale is a finding, not a failure."
 )
 
 
