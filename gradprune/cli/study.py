@@ -28,6 +28,9 @@ Repeat the experiments of papers about adversarial robustness, each an attack wo
 {chr(10).join(f"  {name:<12}{study.title}" for name, study in STUDIES.items())}
   {ALL:<12}all of these, one after the other
 
+[LR] is Huang, Jin, Xue, "Towards lighter adversarially robust model"; [LAB] a lab on CNNs and FGSM; [HW] a report on
+homework 2 of CS 771.
+
 Each writes a record (record.jsonl, from which an interrupted study goes on), its figures, a page in Markdown and logs
 for TensorBoard into a folder of its own in --output, and an index of all studies there: index.html and index.md, with
 the paper's numbers beside ours and what was reproduced.

@@ -262,7 +262,9 @@ class CapacityStudy(Study):
                     row.append("-" if warm is None else percent(average(warm, "PGD")))
                 rows.append(row)
             head = ["scale", "clean", name, other]
-            head += ["AutoAttack", "PGD, trained with eps growing"] if name == "PGD" else []
+            head += (
+                [f"AutoAttack, {scale.autoattacked} images", "PGD, trained with eps growing"] if name == "PGD" else []
+            )
             tables.append(Table(f"Table {number}: {name}-trained networks, accuracy in %", head, rows))
         return tables
 

@@ -19,7 +19,8 @@ MARKS = {True: "reproduced", False: "not reproduced", None: "not tested"}
 LEGEND = (
     "Numbers in parentheses are the paper's: **=** where ours is within five points of it, **≠** where it is not. A "
     "claim counts as reproduced by the criterion beside it, whatever else the numbers look like; one that is not "
-    "reproduced at this scale is a finding, not a failure."
+    "reproduced at this scale is a finding, not a failure. [LR] is Huang, Jin, Xue, *Towards lighter adversarially "
+    "robust model*; [LAB] a lab on CNNs and FGSM; [HW] a report on homework 2 of CS 771."
 )
 
 
@@ -204,7 +205,7 @@ def _html_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _text(text: str) -> str:
     """A text as HTML, with the emphasis and the code that Markdown has."""
     escaped = html.escape(text)
-    for mark, tag in (("**", "b"), ("`", "code")):
+    for mark, tag in (("**", "b"), ("*", "i"), ("`", "code")):
         pieces = escaped.split(mark)
         if len(pieces) % 2:
             escaped = "".join(f"<{tag}>{piece}</{tag}>" if place % 2 else piece for place, piece in enumerate(pieces))
