@@ -25,6 +25,7 @@ from . import timing
 from .baselines import COMPILED_MODEL, EAGER_BACKWARD, FROZEN, GRADPRUNE, Contender, choose
 from .cases import Case, MnistCnn, Workload
 from .harness import Budget, configured
+from .meanwhile import Meanwhile, measure_meanwhile
 from .report import eps_text, failures, figure, ratio_text, share
 from .step import FIGURES, Column, Comparison, Record, Reports, columns_of, measure_workload
 from .store import Settings
@@ -78,6 +79,7 @@ class Shown:
         steps: Steps of an attack.
         records: One for each candidate.
         reports: gradprune's own reports, one for each graph it compiled.
+        meanwhile: The first attacks with the option ``background``, if they were measured.
         adversarial: gradprune's adversarial examples, shaped like the images.
         weight_gradients: By candidate, how many weight gradients its attack left in ``.grad``.
     """
@@ -92,6 +94,7 @@ class Shown:
     steps: int = 0
     records: list[Record] = field(default_factory=list)
     reports: Reports = field(default_factory=list)
+    meanwhile: Meanwhile | None = None
     adversarial: Tensor | None = None
     weight_gradients: dict[str, int] = field(default_factory=dict)
 
@@ -132,6 +135,7 @@ class Shown:
                 }
                 for record in self.records
             ],
+            "background": asdict(self.meanwhile) if self.meanwhile else None,
             "reports": self.reports,
         }
 
@@ -221,6 +225,8 @@ def measure(steps: int, batch: int, size: int, rounds: int, *, threads: int, qui
             budget = Budget(shown.rounds or rounds, float("inf"))
             candidates = choose(shown.keys, "cpu")
             shown.records = measure_workload(shown.work, candidates, settings, budget, shown.take, same=False)
+        with stage("compiling in the background"):
+            all_shown[-1].meanwhile = measure_meanwhile(all_shown[-1].work, settings)
     return all_shown
 
 
@@ -265,6 +271,8 @@ def _conclusions(shown: Shown) -> list[str]:
     if ours and frozen and ours.cold_seconds is not None and ours.median < frozen.median:
         steps = ours.cold_seconds / (frozen.median - ours.median)
         lines.append(f"Its compilation has paid for itself against {FROZEN} after {steps:,.0f} steps.")
+    if shown.meanwhile:
+        lines.append(str(shown.meanwhile))
     return lines
 
 

@@ -223,6 +223,11 @@ def finish_all() -> None:
         one.finish()
 
 
+def unfinished() -> int:
+    """How many steps still run eagerly, because they are being compiled or were not called since."""
+    return len(_unfinished)
+
+
 @atexit.register
 def _give_up_all() -> None:
     for one in _unfinished:

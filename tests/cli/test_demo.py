@@ -392,6 +392,7 @@ def test_a_quick_run_writes_everything(tmp_path: Path, capsys: pytest.CaptureFix
     assert document.count(f"| {GRADPRUNE} ") == 2
     assert "## Environment" in document
 
+    assert "In the background" in document
     picture = (tmp_path / "demo.png").read_bytes()
     assert picture[:8] == b"\x89PNG\r\n\x1a\n"
     width, height = struct.unpack(">II", picture[16:24])
