@@ -21,6 +21,8 @@ from .device import CAPABILITY, build
 from .gpus import GPUS
 from .record import Request
 
+CHECKED = ("2.13",)
+"""Versions of torch whose private parts ``torch_compat.fake_cuda`` was written for."""
 TAIL = 3000
 """Characters shown of what a worker said before it failed."""
 
@@ -31,8 +33,6 @@ def check_requirements() -> None:
     Raises:
         GradpruneError: Triton is missing, or torch is not one whose private parts are known.
     """
-    from gradprune.torch_compat.fake_cuda import CHECKED
-
     if importlib.util.find_spec("triton") is None:
         raise GradpruneError('emit needs Triton: run pip install "gradprune[emit]" (it compiles without a GPU)')
     found = version("torch")

@@ -32,9 +32,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-CHECKED = ("2.13",)
-"""Versions of torch whose private parts these are."""
-
 
 class _NoStream:
     """The one stream of a device that does nothing."""

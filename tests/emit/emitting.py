@@ -17,7 +17,7 @@ import torch
 
 from gradprune.emit.device import build
 from gradprune.emit.record import Request
-from gradprune.torch_compat.fake_cuda import CHECKED
+from gradprune.emit.run import CHECKED
 
 TARGETS = """
 import torch
@@ -89,6 +89,15 @@ class Mnist(nn.Module):
         return self.last(F.relu(self.c(x.flatten(1))))
 
 
+def vit():
+    from gradprune.workloads.vision import let_torchvision_import
+
+    let_torchvision_import()
+    import timm
+
+    return timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=10)
+
+
 def double():
     model = nn.Conv2d(3, 4, 3, dtype=torch.float64)
 
@@ -113,9 +122,9 @@ def reads():
 def skip_unless_possible() -> None:
     """Skip what cannot be done without Triton, or with a torch that is not known."""
     if importlib.util.find_spec("triton") is None:
-        pytest.skip("Triton is not installed")
+        pytest.skip("Triton is not installed", allow_module_level=True)
     if not torch.__version__.startswith(CHECKED):
-        pytest.skip(f"emit knows torch {', '.join(CHECKED)}, and this is {torch.__version__}")
+        pytest.skip(f"emit knows torch {', '.join(CHECKED)}, not {torch.__version__}", allow_module_level=True)
 
 
 def write_targets(folder: Path) -> None:

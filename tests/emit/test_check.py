@@ -15,9 +15,12 @@ import pytest
 from emitting import request, skip_unless_possible, write_targets
 
 from gradprune.cli.main import main
-from gradprune.emit.check import CheckOutcome, StepOutcome
 from gradprune.emit.device import build
 from gradprune.emit.record import Request
+
+skip_unless_possible()
+
+from gradprune.emit.check import CheckOutcome, StepOutcome  # noqa: E402
 
 Checks = dict[str, tuple[Request, dict[str, Any]]]
 
@@ -39,19 +42,16 @@ BROKEN: Checks = {
 }
 """What is broken in each is in ``checking``."""
 LARGE: Checks = {
-    f"{name} {form}": (Request(f"timm:{name}", "sm_75", form, 2, 32), {"steps": 1})
-    for name, forms in (
-        ("resnet18", ("step", "model")),
-        ("mobilenetv2_100", ("step",)),
-        ("convnext_atto", ("step",)),
-    )
-    for form in forms
+    "resnet18": (Request("timm:resnet18", "sm_75", "step", 2, 32), {"steps": 1}),
+    "resnet18 model": (Request("timm:resnet18", "sm_75", "model", 2, 32), {"steps": 1}),
+    "mobilenetv2": (Request("timm:mobilenetv2_100", "sm_75", "step", 2, 32), {"steps": 1}),
+    "convnext_atto": (Request("timm:convnext_atto", "sm_75", "step", 2, 32), {"steps": 1}),
+    "vit_tiny": (request(target="targets:vit", batch=2, image_size=32), {"steps": 1}),
 }
 
 
 def run(folder: Path, checks: Checks) -> Mapping[str, dict[str, Any]]:
     """Carry out checks in one process."""
-    skip_unless_possible()
     write_targets(folder)
     fields = {name: (dataclasses.asdict(asked), options) for name, (asked, options) in checks.items()}
     environment = {
@@ -150,7 +150,6 @@ def test_what_passes():
 
 
 def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    skip_unless_possible()
     write_targets(tmp_path)
     monkeypatch.chdir(tmp_path)
     assert main(["emit", "targets:tiny", "--check", "--image-size", "16", "--steps", "1"]) == 0

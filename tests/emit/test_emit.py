@@ -228,3 +228,27 @@ except (GradpruneError, RuntimeError) as error:
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.stdout.startswith("refused:"), done.stdout + done.stderr
     assert not list(tmp_path.iterdir())
+
+
+# --- A network of the usual size --------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_resnet18(tmp_path: Path):
+    skip_unless_possible()
+    folder = tmp_path / "resnet18"
+    emitted = run.emit(Request("timm:resnet18", "sm_75", batch=32, against="frozen-compile"), folder)
+    ours, theirs = emitted["totals"]["gradprune"], emitted["totals"]["frozen-compile"]
+    assert ours["external"] == theirs["external"] == 42  # 20 convolutions and a linear layer, forward and backward
+    assert ours["external_flops"] == theirs["external_flops"]
+    assert ours["launches"] < 0.75 * theirs["launches"]
+    assert ours["generated_bytes"] < 0.75 * theirs["generated_bytes"]
+    assert ours["peak_bytes"] < 0.5 * theirs["peak_bytes"]
+    assert set(names(part(emitted, "step")["calls"], "external")) == {"convolution", "addmm", "mm"}
+    code = (folder / "step.py").read_text()
+    assert len(re.findall(r"empty_strided_cuda\(.*torch.bool\)", code)) == 16  # of 17 activations; the last is at hand
+    assert "tl.atomic" not in code
+    configs = [config for kernel in emitted["kernels"] for config in kernel["configs"]]
+    assert max(config["stack_bytes"] for config in configs) <= 16
+    assert max(config["shared_bytes"] for config in configs) <= 64 << 10
+    assert min(config["occupancy"] for config in configs) >= 0.25
