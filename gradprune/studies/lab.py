@@ -24,6 +24,7 @@ from .outcome import Claim, Outcome, Picture, Table
 from .records import Figures
 from .study import Study
 from .training import seeded, train
+from .written import as_written
 
 FALL = 0.2
 """Of accuracy, from eps 0 to the largest, that counts as one."""
@@ -140,6 +141,10 @@ class LabStudy(Study):
             x, y = images.test_x[:EVALUATED], images.test_y[:EVALUATED]
             runtime = context.runtime(EVALUATED)
             first = [x[:1] if attack is None else attack(net, x, y, runtime=runtime)[:1] for attack in attacks]
+            if not context.options.eager and way == LOGITS:
+                largest = FGSM(eps=max(scale.eps), seed=seed)
+                written = as_written(largest)
+                context.pace(lambda: largest(net, x, y, runtime=runtime), lambda: written(net, x, y))
             with torch.no_grad():
                 read = net(torch.cat(first)).argmax(1)
             return {
