@@ -1,16 +1,18 @@
 """The functions that are compiled: gradient and logits of one model, for batches of a few sizes.
 
 Note [Sizes]: a compiled step is specialised to the size of its batch, and compiling another takes as long as the first.
-So only two sizes are ever asked for: the largest batch seen so far, and a sixth of it, or a quarter on a GPU, which
-small batches leave idle. Any number of rows is cut into these, and the last piece is filled up with copies of its first
-row, which costs less than the smaller size. That makes it possible for samples to leave an attack that is over for
-them, and for the last batch of a data set to be a smaller one. It requires that samples do not see each other, which
-batch norm in training mode breaks: then a batch is computed as it is.
+So only two sizes are asked for: the largest batch seen so far, and a sixth of it, or a quarter on a GPU, which small
+batches leave idle. Any number of rows is cut into these, and the last piece is filled up with copies of its first row,
+which costs less than the smaller size. What comes ``OFTEN`` times, such as the samples that withstand most of Square's
+queries, gets a size of its own, up to ``OWN`` of them. That makes it possible for samples to leave an attack that is
+over for them, and for the last batch of a data set to be a smaller one. It requires that samples do not see each other,
+which batch norm in training mode breaks: then a batch is computed as it is.
 """
 
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from types import FunctionType
@@ -29,6 +31,9 @@ Model = Callable[[Tensor], Tensor]
 PARTS, PARTS_ON_GPU = 6, 4
 SMALLEST = 4
 """Rows of the smaller size, at least: kernels for a single row are slow ones."""
+
+OFTEN, OWN = 1000, 2
+"""A number of rows that is computed in parts so many times is compiled for; how many such sizes there may be."""
 
 
 def gradient_function(loss: Callable[..., Tensor], autocast: torch.dtype | None) -> Any:
@@ -66,7 +71,7 @@ def small_size(largest: int, device: torch.device) -> int:
 
 
 class Sized:
-    """A function of a model and of batches, compiled for at most two sizes, see Note [Sizes].
+    """A function of a model and of batches, compiled for a few sizes, see Note [Sizes].
 
     It does not hold on to the model, so that it can be kept for as long as the model lives.
 
@@ -79,6 +84,8 @@ class Sized:
         self._compile_one = compile_one
         self._largest = 0
         self._compiled: dict[int, Any] = {}
+        self._in_parts: Counter[int] = Counter()
+        self._own: list[int] = []
         self.compilations = 0
 
     def __call__(
@@ -106,12 +113,29 @@ class Sized:
 
     def _cuts(self, rows: int, small: int) -> Iterator[tuple[int, int, int]]:
         """How ``rows`` rows are cut: size computed, first row, row behind the last."""
+        own = min((size for size in self._own if size >= rows), default=0)
+        if own and own < self._computed(rows, small):
+            yield own, 0, rows
+            return
+        self._note_parts(rows, small)
         begin = 0
         while begin < rows:
             left = rows - begin
             size = small if -(-left // small) * small < self._largest else self._largest
             yield size, begin, begin + min(size, left)
             begin += size
+
+    def _computed(self, rows: int, small: int) -> int:
+        """Rows that are computed for ``rows`` rows without a size of their own."""
+        whole, left = divmod(rows, self._largest)
+        return whole * self._largest + min(-(-left // small) * small, self._largest)
+
+    def _note_parts(self, rows: int, small: int) -> None:
+        """Remember that a number of rows was computed in parts or filled up, and give it a size if it often is."""
+        if rows not in (small, self._largest) and rows < self._largest:
+            self._in_parts[rows] += 1
+            if self._in_parts[rows] == OFTEN and len(self._own) < OWN:
+                self._own.append(rows)
 
     def padded(self, size: int, model: Model, x: Tensor, *others: Tensor) -> Any:
         """Call the function that is compiled for ``size`` rows on that many or fewer."""

@@ -21,6 +21,7 @@ from torch._dynamo.utils import counters
 import gradprune
 from gradprune.attacks import FGSM, PGD, Runtime, Square
 from gradprune.compiler.hoisted_step import HoistedStep, _steps
+from gradprune.runtime import functions
 from gradprune.runtime.functions import Functions, Sized, small_size
 
 EAGER = Runtime(compile=False)
@@ -82,6 +83,34 @@ def test_any_number_of_rows_is_computed_in_two_sizes(rows: list[int]):
         assert set(seen) <= {largest, small}
         assert sum(seen) < count + small
     assert function.compilations <= 2
+
+
+def test_what_comes_often_gets_a_size_of_its_own(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(functions, "OFTEN", 3)
+    seen: list[int] = []
+
+    def double(model: Any, x: Tensor) -> Tensor:
+        seen.append(len(x))
+        return 2 * x
+
+    function = Sized(double, lambda plain: plain)
+
+    def computed(rows: int) -> list[int]:
+        seen.clear()
+        x = torch.arange(float(rows))[:, None]
+        assert torch.equal(function(None, x), 2 * x)
+        return list(seen)
+
+    assert computed(64) == [64]
+    assert [computed(23) for _ in range(4)] == [[11, 11, 11]] * 3 + [[23]]
+    assert computed(22) == [11, 11]  # fewer rows than if it was filled up
+    assert computed(21) == [11, 11]
+    assert computed(12) == [11, 11]
+    for rows in (30, 30, 30, 40, 40, 40):
+        computed(rows)
+    assert computed(30) == [30]
+    assert computed(40) == [11, 11, 11, 11]  # no more sizes than two
+    assert function.compilations == 4
 
 
 def test_rows_that_see_each_other_are_computed_together():
