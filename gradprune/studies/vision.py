@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gradprune.errors import GradpruneError
 from gradprune.workloads.models import Normalized
 
 MEAN, STD = 0.5, 0.25
@@ -197,7 +199,13 @@ class SimpleViT(nn.Module):
 
 
 def resnet18(classes: int) -> nn.Module:
-    """timm's ResNet-18, with random weights."""
+    """timm's ResNet-18, with random weights.
+
+    Raises:
+        GradpruneError: timm is not installed.
+    """
+    if importlib.util.find_spec("timm") is None:
+        raise GradpruneError("ResNet-18 is timm's, which is not installed: run pip install timm")
     from gradprune.workloads.vision import let_torchvision_import
 
     let_torchvision_import()
