@@ -230,7 +230,8 @@ class TablesBenchmark(Benchmark):
 
     def sections(self, results: Results[Any]) -> list[str]:
         """As ``Benchmark.sections``."""
-        body = []
+        scale = SCALES.get(results.environment.get("scale", ""))
+        body = [f"Sizes: **{scale.name}**, {scale.purpose}."] if scale else []
         for table, contests in measured_tables(results).items():
             entries = [(contest, record) for contest in contests for record in _entries(contest)]
             failed: dict[str, list[str]] = {}

@@ -83,6 +83,7 @@ def test_all_ways_find_the_same_examples_and_a_run_goes_on(
     assert any(one["success_rate"] > 0 for one in records)
     text = (tmp_path / "tables.md").read_text()
     assert all(f"## {title}" in text for title in tables.TITLES.values())
+    assert "Sizes: **toy**, one tiny network in place of all" in text
     assert "a driver issues the questions of its attacks" in text
 
 
