@@ -47,22 +47,23 @@ def hoisted_values(step_graph: StepGraph) -> list[fx.Node]:
             value = operand
             while is_view(value) and value.all_input_nodes[0] in computed:
                 value = value.all_input_nodes[0]
-            if operand in invariant and value in computed and tensor_of(value) is not None:
+            is_worth_it = value in computed and not is_view(value)
+            if operand in invariant and is_worth_it and tensor_of(value) is not None:
                 hoisted.add(value)
     return [node for node in step_graph.graph.nodes if node in hoisted]
 
 
 def _computed_from_weights(step_graph: StepGraph, invariant: set[fx.Node]) -> set[fx.Node]:
-    """Invariant values that take arithmetic on a weight."""
+    """Invariant values that take arithmetic on a weight, be it in what is returned as well and so no such value."""
     depends = {node for node, role in step_graph.inputs.items() if role is InputRole.WEIGHT}
-    computed: set[fx.Node] = set()
+    arithmetic: set[fx.Node] = set()
     for node in step_graph.calls():
-        if node not in invariant or depends.isdisjoint(node.all_input_nodes):
+        if depends.isdisjoint(node.all_input_nodes):
             continue
         depends.add(node)
-        if not is_view(node) or not computed.isdisjoint(node.all_input_nodes):
-            computed.add(node)
-    return computed
+        if not is_view(node) or not arithmetic.isdisjoint(node.all_input_nodes):
+            arithmetic.add(node)
+    return arithmetic & invariant
 
 
 def _is_pure(node: fx.Node) -> bool:

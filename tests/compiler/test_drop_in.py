@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from tiny import images, network
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import gradprune
 
@@ -137,3 +138,19 @@ def test_what_an_accelerated_model_leaves_of_flags(no_code: None):
     with pytest.raises(RuntimeError):
         fast(torch.rand(2, 4, 4, 4))
     assert [parameter.requires_grad for parameter in model.parameters()] == before
+
+
+@pytest.mark.inductor
+def test_weights_that_a_hook_makes_and_stores_in_the_module():
+    """Each call returns them too; what is packed of them is hoisted all the same."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(784, 300), nn.ReLU(), nn.Linear(300, 5)).eval()
+    for layer in (model[0], model[2]):
+        prune.l1_unstructured(layer, "weight", 0.5)
+    x = torch.rand(64, 784, requires_grad=True)
+    expected = gradient_of(model, x)
+
+    def step(x: Tensor) -> Tensor:
+        return gradient_of(model, x.detach().requires_grad_(True))
+
+    torch.testing.assert_close(torch.compile(step, backend="gradprune")(x), expected, rtol=1e-4, atol=1e-6)

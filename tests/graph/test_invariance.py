@@ -167,6 +167,19 @@ def test_what_a_returned_item_of_several_views_is_a_view_of():
     assert hoisted_values(step_graph) == []
 
 
+def test_what_is_computed_from_what_the_step_returns():
+    """It is computed ahead all the same, from weights; the view of it costs nothing where it is computed anyway."""
+    b = Builder()
+    x, w = b.input("x", 3, 3), b.weight("w", 3, 3)
+    returned = b.call(aten.exp.default, w)
+    view = b.call(aten.permute.default, returned, [1, 0])
+    value = b.call(aten.neg.default, view)
+    y = b.call(aten.mm.default, b.call(aten.mm.default, x, view), value)
+    step_graph = b.build(y, returned)
+    assert returned not in invariant_nodes(step_graph)
+    assert hoisted_values(step_graph) == [value]
+
+
 def test_copy_of_what_the_step_returns():
     """What is computed from it has memory of its own."""
     b = Builder()
