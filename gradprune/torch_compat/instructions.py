@@ -11,6 +11,7 @@ import functools
 import os
 import platform
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -39,6 +40,11 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=find_early.cache_clear)  # the thread is not there
 
 
+_lock = threading.Lock()
+_inside = 0
+"""How many blocks are being run; several threads compile at the same time."""
+
+
 @contextmanager
 def found_early() -> Iterator[None]:
     """Have Inductor ask no further than it has to in the block, unless it was asked for other instructions."""
@@ -46,8 +52,16 @@ def found_early() -> Iterator[None]:
     if not is_usual or os.environ.get("ATEN_CPU_CAPABILITY") or _usual.cache_info().currsize:
         yield
         return
-    cpu_vec_isa.valid_vec_isa_list = lambda: find_early().result()  # type: ignore[assignment]
+    _enter(+1)
     try:
         yield
     finally:
-        cpu_vec_isa.valid_vec_isa_list = _usual
+        _enter(-1)
+
+
+def _enter(step: int) -> None:
+    global _inside
+    with _lock:
+        _inside += step
+        found: Any = (lambda: find_early().result()) if _inside else _usual
+        cpu_vec_isa.valid_vec_isa_list = found

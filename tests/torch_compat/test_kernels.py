@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -106,3 +108,15 @@ def test_few_kernels_stay_together_and_all_are_kept():
 def test_the_instructions_are_those_that_inductor_picks():
     expected = cpu_vec_isa.pick_vec_isa()  # asks about all
     assert str(instructions._find()[0] if instructions._find() else cpu_vec_isa.invalid_vec_isa) == str(expected)
+
+
+def test_threads_that_compile_at_the_same_time_do_not_end_it_for_each_other(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(instructions, "_usual", functools.cache(lambda: ["usual"]))
+    monkeypatch.setattr(cpu_vec_isa, "valid_vec_isa_list", instructions._usual)
+    one, other = instructions.found_early(), instructions.found_early()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(one)
+        with other:
+            stack.pop_all().close()
+            assert cpu_vec_isa.valid_vec_isa_list is not instructions._usual
+    assert cpu_vec_isa.valid_vec_isa_list is instructions._usual
