@@ -1,4 +1,4 @@
-"""The day a GPU is lent: all there is to find out on one, in parts that fit into slices of a few minutes.
+"""The day a GPU is at hand: all there is to find out on one, in parts that fit into slices of a few minutes.
 
 Each part is a process of its own. Its result is written at once, whatever it is, and what comes behind goes on. A part
 that has a result is not done again, so that the next slice begins where the last one ended; one that ran out of the

@@ -193,7 +193,7 @@ time.sleep(60)
 
 
 def test_the_backend_is_found_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where gradprune is not installed, as in a checkout on a machine that was lent."""
+    """Where gradprune is not installed, as in a checkout on somebody else's machine."""
     tomllib = pytest.importorskip("tomllib")  # Python 3.11 and later
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     entries = project["entry-points"].items()
