@@ -18,6 +18,7 @@ from gradprune.bench.ablation import AblationBenchmark
 from gradprune.bench.attacks import AttacksBenchmark
 from gradprune.bench.benchmark import Benchmark, settings_of
 from gradprune.bench.compile import CompileBenchmark
+from gradprune.bench.emitted import EmitBenchmark
 from gradprune.bench.harness import configured
 from gradprune.bench.kernels import KernelsBenchmark
 from gradprune.bench.layout import LayoutBenchmark
@@ -74,6 +75,7 @@ examples:
   gradprune bench tables --scale paper --table 1              one of them at the paper's size, for a GPU
   gradprune bench objectives --objectives plain pgd fast      train with three of the objectives
   gradprune bench micro --threads 1 --groups losses masks     pieces of a step beside what memory and arithmetic allow
+  gradprune bench emit --cases resnet18-b32 resnet18-b32-fp16@sm_80   what steps become on GPUs, without one
   gradprune bench gpu --rehearse --output /tmp/rehearsal      what bench/gpu.sh does on a GPU, in minutes on the CPU
   gradprune bench table --output bench/results/cpu-1-thread   tables and plots again from the JSON there
 
@@ -92,6 +94,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         CompileBenchmark(),
         KernelsBenchmark(),
         MicroBenchmark(),
+        EmitBenchmark(),
         AttacksBenchmark(),
         VerdictBenchmark(),
         TrainingBenchmark(),

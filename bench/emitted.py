@@ -1,0 +1,180 @@
+"""What steps become on GPUs, generated and compiled without one, beside ``torch.compile`` of the frozen step."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from gradprune.emit.gpus import GPUS
+from gradprune.emit.record import Request
+from gradprune.emit.run import emit
+from gradprune.errors import GradpruneError
+from gradprune.support.progress import stage
+
+from .benchmark import Benchmark, Plan, add_threads, already
+from .report import OTHERS, OURS, Bar, draw_bars, failures, figure, grid, share
+from .store import Results, Settings
+
+AGAINST = "frozen-compile"
+
+DEFAULT = (
+    "resnet18-b32",
+    "resnet18-b32-fp16",
+    "resnet50-b16",
+    "resnet50-b16-fp16",
+    "mobilenetv2_100-b32",
+    "vit_small_patch16_224-b16",
+    "resnet18-b32@sm_80",
+    "resnet18-b32@sm_90",
+)
+
+TARGETS = {None: 0.60, "float16": 0.52}
+"""Share of the bytes of frozen + compile that generated kernels should move, by the type of autocast."""
+
+PEAK, LAUNCHES = 0.45, 40
+"""Share of its peak, and launches of a ResNet-18."""
+
+
+@dataclass(frozen=True)
+class Emitted:
+    """One step for one GPU, in one of the two ways.
+
+    Attributes:
+        case: Network, batch, type and GPU.
+        candidate: ``"gradprune"``, or what it is compared with.
+        failed: Why there are no figures; ``None`` if there are.
+        totals: See ``gradprune.emit.record.Totals``.
+        kernels: Those that were compiled, with the prologue's.
+        registers: Of a thread, at most.
+        stack_bytes: Spilled by a thread, at most.
+        shared_bytes: Of a block, at most.
+        occupancy: At least.
+        seconds: What emitting both ways took.
+    """
+
+    case: str
+    candidate: str
+    failed: str | None = None
+    totals: dict[str, Any] | None = None
+    kernels: int | None = None
+    registers: int | None = None
+    stack_bytes: int | None = None
+    shared_bytes: int | None = None
+    occupancy: float | None = None
+    seconds: float | None = None
+
+    def derived(self, records: Sequence[Emitted]) -> dict[str, Any]:
+        """Shares of what it is compared with."""
+        other = next((one for one in records if (one.case, one.candidate) == (self.case, AGAINST)), None)
+        if self.totals is None or other is None or other.totals is None or other is self:
+            return {}
+        return {key: self.totals[key] / other.totals[key] for key in ("generated_bytes", "peak_bytes", "launches")}
+
+
+def request_of(case: str) -> Request:
+    """What a case such as ``resnet18-b32-fp16@sm_80`` asks for.
+
+    Raises:
+        GradpruneError: It is not written so.
+    """
+    name, _, gpu = case.partition("@")
+    network, _, batch = name.removesuffix("-fp16").rpartition("-b")
+    if not network or not batch.isdecimal() or (gpu or "sm_75") not in GPUS:
+        raise GradpruneError(f"{case!r} is no case: write NETWORK-bBATCH, NETWORK-bBATCH-fp16, or either with @sm_80")
+    autocast = "float16" if name.endswith("-fp16") else None
+    return Request(f"timm:{network}", gpu or "sm_75", batch=int(batch), autocast=autocast, against=AGAINST)
+
+
+def measure_emission(case: str) -> list[Emitted]:
+    """Emit one case both ways."""
+    started = time.perf_counter()
+    try:
+        found = emit(request_of(case))
+    except GradpruneError as error:
+        first = str(error).strip().splitlines()[0]
+        return [Emitted(case, candidate, first) for candidate in ("gradprune", AGAINST)]
+    configs = [config for kernel in found["kernels"] for config in kernel["configs"]]
+    most = {key: max(config[key] for config in configs) for key in ("registers", "stack_bytes", "shared_bytes")}
+    seconds, occupancy = time.perf_counter() - started, min(config["occupancy"] for config in configs)
+    own = {"kernels": len(found["kernels"]), **most, "occupancy": occupancy, "seconds": seconds}
+    return [
+        Emitted(case, "gradprune", totals=found["totals"]["gradprune"], **own),
+        Emitted(case, AGAINST, totals=found["totals"][AGAINST]),
+    ]
+
+
+class EmitBenchmark(Benchmark):
+    """``bench emit``."""
+
+    name: ClassVar[str] = "emit"
+    help: ClassVar[str] = "what steps become on GPUs, generated, compiled and counted without one"
+    record = Emitted
+    about: ClassVar[str] = "A static estimate: nothing was run, and no figure depends on the machine but the seconds."
+    legend: ClassVar[str] = f"""\
+- Steps of PGD in the Linf ball on networks of timm at 224 x 224, sm_75 (a T4) unless the case says otherwise, as
+  `gradprune emit` generates them; frozen-compile: the same step on frozen parameters by torch.compile.
+- generated MB: read and written by generated kernels, whole buffers, each once per kernel; external: by cuDNN, cuBLAS
+  and ATen. peak MB: most alive at once. Without the prologue, which runs once per attack.
+- of: generated bytes and peak as shares of those of frozen-compile. Aimed at: {TARGETS[None]:.0%} of the bytes in
+  float32, {TARGETS["float16"]:.0%} in float16, {PEAK:.0%} of the peak, {LAUNCHES} launches of a ResNet-18.
+- registers, spilled, shared, occupancy: of a thread, of a thread, of a block; the worst of all configurations of all
+  kernels, prologue included, as ptxas compiled them. s: what emitting both ways took."""
+
+    def add_options(self, parser: argparse.ArgumentParser) -> None:
+        """As ``Benchmark.add_options``."""
+        text = f"such as resnet18-b32-fp16@sm_80 (default: {' '.join(DEFAULT)})"
+        parser.add_argument("--cases", nargs="+", default=list(DEFAULT), metavar="CASE", help=text)
+        add_threads(parser)
+
+    def plans(self, arguments: argparse.Namespace, settings: Settings) -> list[Plan]:
+        """As ``Benchmark.plans``."""
+        for case in arguments.cases:
+            request_of(case)
+
+        def measure(results: Results[Emitted]) -> None:
+            for case in arguments.cases:
+                if not results.missing(case, ["gradprune", AGAINST]):
+                    already(case, results)
+                    continue
+                with stage(f"emitting {case}"):
+                    results.add(measure_emission(case), instead_of=case)
+
+        return [Plan(self, measure, {"timm", "triton"})]
+
+    def sections(self, results: Results[Any]) -> list[str]:
+        """As ``Benchmark.sections``."""
+        head = ["case", "", "kernels", "launches", "external", "generated MB", "of", "external MB", "peak MB", "of"]
+        facts = ["case", "kernels", "registers", "spilled B", "shared B", "occupancy", "s"]
+        ours = [one for one in results.records if one.candidate == "gradprune" and one.totals]
+        return [
+            grid(head, (_row(one, results.records) for one in results.records if one.totals)),
+            "## As compiled",
+            grid(facts, (_facts(one) for one in ours)),
+            *failures(results.records),
+        ]
+
+    def draw(self, results: Results[Any]) -> Any:
+        """As ``Benchmark.draw``."""
+        panels: dict[str, list[Bar]] = {}
+        for one in results.records:
+            if one.totals:
+                color = OURS if one.candidate == "gradprune" else OTHERS
+                bar = Bar(one.candidate, one.totals["generated_bytes"] / 1e6, color=color)
+                panels.setdefault(one.case, []).append(bar)
+        return draw_bars(panels, "MB that generated kernels move in a step: a static estimate")
+
+
+def _row(one: Emitted, records: Sequence[Emitted]) -> list[str]:
+    totals, shares = one.totals or {}, one.derived(records)
+    row = [one.case, one.candidate, *(str(totals[key]) for key in ("kernels", "launches", "external"))]
+    row += [figure(totals["generated_bytes"], 1e6), share(shares.get("generated_bytes"))]
+    row += [figure(totals["external_bytes"], 1e6), figure(totals["peak_bytes"], 1e6)]
+    return [*row, share(shares.get("peak_bytes"))]
+
+
+def _facts(one: Emitted) -> list[str]:
+    row = [one.case, str(one.kernels), str(one.registers), str(one.stack_bytes), f"{one.shared_bytes:,}"]
+    return [*row, f"{one.occupancy:.2f}", figure(one.seconds)]
