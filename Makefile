@@ -9,13 +9,16 @@ QUICK := tests/passes tests/graph tests/torch_compat tests/compiler/test_failing
 NUMERIC := tests/passes tests/attacks tests/numerics tests/property tests/ops
 TORCH_VERSIONS ?= 2.11.0 2.13.0 2.14.0 2.15.0
 
-.PHONY: demo test quick portability versions lint clean
+.PHONY: demo test test-slow quick portability versions lint clean
 
 demo: .venv/installed  ## Attack three networks, print the tables, write the picture.
 	$(BIN)/gradprune demo
 
-test: .venv/installed  ## The whole test suite.
-	$(BIN)/python $(PYTEST) --durations 10
+test: .venv/installed  ## The test suite.
+	$(BIN)/python $(PYTEST) --durations 10 -m "not interpreted"
+
+test-slow: .venv/installed  ## GPU code of whole networks in Triton's interpreter: minutes.
+	$(BIN)/python $(PYTEST) --durations 10 -m interpreted
 
 quick: .venv/installed  ## What a change of one pass needs.
 	$(BIN)/python $(PYTEST) -m "not inductor" $(QUICK)

@@ -41,6 +41,11 @@ class Listener:
 
     _has_failed = False
 
+    @property
+    def needs_stages(self) -> bool:
+        """Whether it is not content with what an earlier process noted of the same compilation."""
+        return False
+
     def captured(self, graph: fx.Graph, example_inputs: Sequence[Any]) -> None:
         """Dynamo captured ``graph``; nothing has been done to it."""
 

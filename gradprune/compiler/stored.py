@@ -4,7 +4,7 @@ Note [Stored steps]: what is stored is the code that Inductor generated, the pro
 them takes, and the report. Values of weights are not: the prologue computes them in every process. The key says
 everything that the code depends on, see ``key_of``; where that is not known for certain, and for a graph that does more
 than compute outputs from inputs, nothing is stored. So it is for models, whose backward pass is autograd's business,
-for what runs on a GPU, for passes of one's own, dumps and symbolic sizes.
+for what runs on a GPU, for passes of one's own, symbolic sizes, and wherever a dump, a trace or a full log is written.
 
 The folder is one of Inductor's cache, and its code has to be trusted as much as all else there.
 ``torch._functorch.config.enable_autograd_cache``, or ``TORCHINDUCTOR_AUTOGRAD_CACHE=0``, turns it off, for this takes
@@ -37,8 +37,11 @@ from .split import Split
 
 log = logging.getLogger(__name__)
 
-UNSTORED_OPTIONS = ("dump", "dump_inputs", "passes")
-"""Options with which nothing is stored; all others are part of the key, but for those that change nothing."""
+UNSTORED_OPTIONS = ("passes",)
+"""Options with which nothing is stored."""
+
+OTHER_OPTIONS = ("background", "dump", "dump_inputs")
+"""Options that change nothing of what is compiled; all others are part of the key."""
 
 
 def key_of(gm: fx.GraphModule, inputs: Sequence[Any], compilation: Compilation) -> str:
@@ -54,9 +57,12 @@ def key_of(gm: fx.GraphModule, inputs: Sequence[Any], compilation: Compilation) 
     """
     options, capture = compilation.options, compilation.capture
     chosen = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
-    del chosen["background"]
     if capture.form != "step" or any(chosen.pop(name) for name in UNSTORED_OPTIONS) or not inductor.may_store():
         return ""
+    if any(listener.needs_stages for listener in compilation.listeners):
+        return ""
+    for name in OTHER_OPTIONS:
+        del chosen[name]
     if compilation.inner_compile is not inductor.compile_fx_inner or not compilation.run_prologue:
         return ""
     try:

@@ -53,6 +53,11 @@ class Observer(Listener):
         self._finished = False
         self._folder: DumpFolder | None = None
 
+    @property
+    def needs_stages(self) -> bool:
+        """Whether there is a dump, a log of everything or a trace to be written."""
+        return self._root is not None or log.isEnabledFor(logging.DEBUG) or dynamo.is_traced()
+
     def captured(self, graph: fx.Graph, example_inputs: Sequence[Any]) -> None:
         """Look at the graph while it is what Dynamo captured."""
         self._examples = example_inputs

@@ -24,7 +24,7 @@ from torch._dynamo.output_graph import graph_break_reasons  # type: ignore[attr-
 from torch._dynamo.source import AttrSource, GradSource, is_from_unspecialized_nn_module_source
 from torch._dynamo.symbolic_convert import SpeculationLog
 from torch._dynamo.utils import counters
-from torch._logging._internal import trace_structured
+from torch._logging._internal import LazyTraceHandler, trace_log, trace_structured
 
 __all__ = [
     "TRACED_FLAGS",
@@ -43,6 +43,7 @@ __all__ = [
     "forget_sources_of_constants",
     "is_module_state",
     "is_restart",
+    "is_traced",
     "leaves",
     "module_state_of_grad",
     "note_compiled",
@@ -450,6 +451,11 @@ def trace_artifact(name: str, encoding: str, payload: Callable[[], str]) -> None
         payload: Makes the text.
     """
     trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": encoding}, payload_fn=payload)
+
+
+def is_traced() -> bool:
+    """Whether torch's structured trace is written to a folder; known once Dynamo has tried to."""
+    return any(isinstance(handler, LazyTraceHandler) for handler in trace_log.handlers)
 
 
 def dynamo_nodes(node: fx.Node) -> set[str]:

@@ -125,7 +125,7 @@ def test_what_must_not_be_is_found(outcomes: Mapping[str, dict[str, Any]], name:
     assert error in outcomes[name]["error"]
 
 
-@pytest.mark.slow
+@pytest.mark.interpreted
 @pytest.mark.parametrize("name", LARGE)
 def test_generated_code_of_large_networks(large: Mapping[str, dict[str, Any]], name: str):
     assert_passes(large[name], 1)
