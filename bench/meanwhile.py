@@ -14,6 +14,9 @@ from .baselines import FROZEN, GRADPRUNE, Contender, choose, compiled_by_us
 from .cases import Workload
 from .store import Settings
 
+PATIENCE = 40.0
+"""Seconds to wait for the compilation, which has what the attacks leave of the processors."""
+
 BEFORE, BEHIND = 5, 5
 """Attacks by frozen eager before the first, and with the compiled step behind the last."""
 
@@ -29,7 +32,7 @@ class Meanwhile:
             none.
         attacks: How many there were until then.
         until: Seconds from the beginning until then.
-        compiled: With the compiled step, the median.
+        compiled: With the compiled step, the median; ``None`` if it was not compiled within ``PATIENCE``.
     """
 
     eager: float
@@ -37,14 +40,16 @@ class Meanwhile:
     others: float | None
     attacks: int
     until: float
-    compiled: float
+    compiled: float | None
 
     def __str__(self) -> str:
         others = "" if self.others is None else f", the others until then {self.others:.2f} s"
+        then = f"not compiled after {self.until:.1f} s and {self.attacks} attacks."
+        if self.compiled is not None:
+            then = f"compiled after {self.until:.1f} s and {self.attacks} attacks, {self.compiled:.2f} s from then on."
         return (
             f"In the background (options={{'background': True}}): the first attack took {self.first:.2f} s{others} "
-            f"({FROZEN} alone {self.eager:.2f} s); compiled after {self.until:.1f} s and {self.attacks} attacks, "
-            f"{self.compiled:.2f} s from then on."
+            f"({FROZEN} alone {self.eager:.2f} s); {then}"
         )
 
 
@@ -57,17 +62,17 @@ def measure_meanwhile(work: Workload, settings: Settings) -> Meanwhile:
     with fresh_cache():
         began = time.perf_counter()
         seconds = [_seconds(ours, work, settings)]
-        while unfinished():
+        while unfinished() and time.perf_counter() - began < PATIENCE:
             seconds.append(_seconds(ours, work, settings))
         until = time.perf_counter() - began
-        behind = [_seconds(ours, work, settings) for _ in range(BEHIND)]
+        behind = [] if unfinished() else [_seconds(ours, work, settings) for _ in range(BEHIND)]
     return Meanwhile(
         eager=statistics.median(before),
         first=seconds[0],
         others=statistics.median(seconds[1:]) if seconds[1:] else None,
         attacks=len(seconds),
         until=until,
-        compiled=statistics.median(behind),
+        compiled=statistics.median(behind) if behind else None,
     )
 
 

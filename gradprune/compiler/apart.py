@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 PROGRAM = "from gradprune.backend import compile_apart; compile_apart()"
 
-PRIORITY = 10
+PRIORITY = 3
 """How much less urgent the other process is, as ``nice`` counts."""
 
 
