@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import fx
 
-from .compiler import apart
+from .compiler import apart, stored
 from .compiler.lower import compile_graph, compile_job
 from .compiler.options import Options
 from .errors import GradpruneError
@@ -99,7 +99,7 @@ def compile_apart() -> None:
     apart.be_less_urgent()
     job = apart.Job.read(sys.stdin)
     compilation = job.compilation()
-    compilation.listeners = [Recorder()]
+    compilation.listeners = [Recorder(), stored.Storing(job.key, compilation)]
     compile_job(job, compilation)
 
 

@@ -33,6 +33,7 @@ from .capture import Capture
 from .compilation import Callback, Compilation
 from .options import Options
 from .pruning import source_hash
+from .stored import Input
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ class Job:
         key: What it is stored under.
         graph: The graph.
         lines: Where in the user's code each node is from.
-        inputs: Size, strides, type, and whether it is a parameter and requires grad, of each input.
+        inputs: What each input is; lists of the same once they were read.
         module_state: Names of the inputs that are parameters or buffers.
         capture: What the graph says about itself.
         options: The backend's options.
@@ -61,7 +62,7 @@ class Job:
     key: str
     graph: list[Any]
     lines: list[str]
-    inputs: list[list[Any]]
+    inputs: list[Input]
     module_state: list[str]
     capture: dict[str, Any]
     options: dict[str, Any]
@@ -71,26 +72,21 @@ class Job:
     @staticmethod
     def of(key: str, gm: fx.GraphModule, inputs: Sequence[Tensor], compilation: Compilation) -> Job | None:
         """The job of compiling a graph that may be stored; ``None`` if it cannot be given to another process."""
-        capture, options = dataclasses.asdict(compilation.capture), compilation.options
+        capture = dataclasses.asdict(compilation.capture)
         capture.update(
             inputs=[role.value for role in capture["inputs"]],
             outputs=[[position, role.value] for position, role in capture["outputs"].items()],
             kept_because=list(capture["kept_because"].items()),
             gradient_calls=sorted(capture["gradient_calls"]),
         )
-        chosen = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
+        chosen = dict(vars(compilation.options))
         try:
             json.dumps(chosen)
         except TypeError:
             return None
-        if any(value.storage_offset() for value in inputs):
+        described = [Input.of(value) for value in inputs]
+        if any(one.offset or one.is_conj or one.is_neg for one in described):
             return None
-        described: list[list[Any]] = [
-            [list(value.shape), list(value.stride()), str(value.dtype), isinstance(value, nn.Parameter)]
-            for value in inputs
-        ]
-        for one, value in zip(described, inputs, strict=True):
-            one.append(value.requires_grad)
         return Job(
             key=key,
             graph=plain.to_data(gm.graph),
@@ -142,13 +138,14 @@ class Job:
             path, _, number = line.rpartition(":")
             node.meta["stack_trace"] = f'File "{path}", line {number}' if line else ""
         with aot.FakeTensorMode(shape_env=aot.ShapeEnv()):
-            _Noting(module).run(*(_fake(*one) for one in self.inputs))
+            _Noting(module).run(*(_fake(Input(*one)) for one in self.inputs))
         return module
 
 
-def _fake(shape: list[int], strides: list[int], dtype: str, is_parameter: bool, requires_grad: bool) -> Tensor:
-    value = torch.empty_strided(shape, strides, dtype=getattr(torch, dtype.removeprefix("torch.")))
-    return nn.Parameter(value, requires_grad) if is_parameter else value.requires_grad_(requires_grad)
+def _fake(one: Input) -> Tensor:
+    dtype = getattr(torch, one.dtype.removeprefix("torch."))
+    value = torch.empty_strided(one.shape, one.strides, dtype=dtype)
+    return nn.Parameter(value, one.requires_grad) if one.is_parameter else value.requires_grad_(one.requires_grad)
 
 
 class _Noting(fx.Interpreter):

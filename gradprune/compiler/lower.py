@@ -77,12 +77,11 @@ def compile_job(job: Job, compilation: Compilation) -> Callback:
 
     Args:
         job: The job.
-        compilation: The compilation of it; its listeners are told of every stage, and the last of them stores it.
+        compilation: The compilation of it; its listeners are told of every stage, and one of them stores it.
 
     Returns:
         A callable that takes and returns what Dynamo's graph does.
     """
-    compilation.listeners = [*compilation.listeners, stored.Storing(job.key, compilation)]
     compilation.is_apart = False
     with _compiling(compilation):
         module = job.module()
@@ -133,13 +132,13 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], compilation: Com
             return compiled
         return FirstCall(compiled, captured, compilation, time.perf_counter() - start)
 
+    if key:
+        compilation.listeners = [*compilation.listeners, stored.Storing(key, compilation)]
     found = stored.load(key, compilation) if key else None
     if found is None and options.background and captured is not None:
         found = _compile_meanwhile(key, gm, example_inputs, compilation, captured, checked)
         if found is not None:
             return with_calling_convention(found, compilation.capture)
-    if key:
-        compilation.listeners = [*compilation.listeners, stored.Storing(key, compilation)]
     compiled = found or _compile_classified(gm, example_inputs, compilation)
     return with_calling_convention(checked(compiled), compilation.capture)
 

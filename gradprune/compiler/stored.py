@@ -19,7 +19,7 @@ import json
 import logging
 import platform
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -56,7 +56,7 @@ def key_of(gm: fx.GraphModule, inputs: Sequence[Any], compilation: Compilation) 
         compilation: The compilation of it.
     """
     options, capture = compilation.options, compilation.capture
-    chosen = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
+    chosen = dict(vars(options))
     if capture.form != "step" or any(chosen.pop(name) for name in UNSTORED_OPTIONS) or not inductor.may_store():
         return ""
     if any(listener.needs_stages for listener in compilation.listeners):
@@ -67,7 +67,7 @@ def key_of(gm: fx.GraphModule, inputs: Sequence[Any], compilation: Compilation) 
         return ""
     try:
         graph = plain.to_data(gm.graph)
-        described = [_described(value) for value in inputs]
+        described = [Input.of(value) for value in inputs]
     except plain.NotPlain as reason:
         log.debug("gradprune: what is compiled is not stored: %s", reason)
         return ""
@@ -94,15 +94,33 @@ def _in_order(value: Any) -> Any:
     return sorted(value) if isinstance(value, (set, frozenset)) else value
 
 
-def _described(value: Any) -> list[Any]:
-    """What code may depend on of an input."""
-    if type(value) not in (Tensor, nn.Parameter, nn.Buffer) and not aot.is_fake(value):
-        raise plain.NotPlain(f"an input that is a {type(value).__name__}")
-    sizes = [*value.shape, *value.stride(), value.storage_offset()]
-    if value.layout is not torch.strided or not value.is_cpu or not all(type(size) is int for size in sizes):
-        raise plain.NotPlain("an input that is not strided memory of this machine, or of symbolic size")
-    kind = [value.requires_grad, isinstance(value, nn.Parameter), value.is_conj(), value.is_neg()]
-    return [list(value.shape), list(value.stride()), value.storage_offset(), str(value.dtype), *kind]
+class Input(NamedTuple):
+    """What code may depend on of an input, as ``json`` writes it."""
+
+    shape: list[int]
+    strides: list[int]
+    offset: int
+    dtype: str
+    requires_grad: bool
+    is_parameter: bool
+    is_conj: bool
+    is_neg: bool
+
+    @staticmethod
+    def of(value: Any) -> Input:
+        """Describe a value.
+
+        Raises:
+            NotPlain: It is more than memory of this machine with strides.
+        """
+        if type(value) not in (Tensor, nn.Parameter, nn.Buffer) and not aot.is_fake(value):
+            raise plain.NotPlain(f"an input that is a {type(value).__name__}")
+        sizes = [*value.shape, *value.stride(), value.storage_offset()]
+        if value.layout is not torch.strided or not value.is_cpu or not all(type(size) is int for size in sizes):
+            raise plain.NotPlain("an input that is not strided memory of this machine, or of symbolic size")
+        memory = list(value.shape), list(value.stride()), value.storage_offset(), str(value.dtype)
+        kind = value.requires_grad, isinstance(value, nn.Parameter), value.is_conj(), value.is_neg()
+        return Input(*memory, *kind)
 
 
 class Storing(Listener):

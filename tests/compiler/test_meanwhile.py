@@ -97,6 +97,23 @@ def test_what_the_other_process_cannot_do_is_done_here(
     assert len(stored()) == 1
 
 
+def test_what_was_compiled_there_and_is_wrong_is_forgotten(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(first_call.FirstCall, "_compare", lambda *args: ("it is wrong", True))
+    torch.compile(backward_step(network()), backend="gradprune", dynamic=False, options={"check": "never"})(*images())
+    (file,) = stored()
+    file = file.rename(file.with_suffix(".compiled"))
+    copies = f"import json, pathlib, sys; own = pathlib.Path({str(file)!r}); "
+    copies += "own.rename(own.with_name(json.load(sys.stdin)['key'] + '.json'))"
+    monkeypatch.setattr(apart, "PROGRAM", copies)
+    compiled = in_background(backward_step(network()), check="first")
+    first = compiled(*images())
+    assert gradprune.reports(compiled)[-1].is_stored
+    second = compiled(*images())
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+    assert "it is wrong" in (gradprune.reports(compiled)[-1].fallback or "")
+    assert not stored()
+
+
 def test_settings_of_this_process_that_the_other_does_not_have_are_noticed():
     job = apart.Job("", [], [], [], [], {}, {}, ["other"], torch.get_num_threads())
     file = io.StringIO()
