@@ -29,7 +29,7 @@ the packages of gradprune[demo].
 
 EPILOG = """\
 examples:
-  gradprune demo                               three to four minutes on two cores
+  gradprune demo                               four to five minutes on two cores
   gradprune demo --quick --output demo-quick   a smaller network, smaller photographs, fewer steps
   gradprune demo --batch 8 --threads 1         how the figures move with the batch and the threads
 
