@@ -23,7 +23,7 @@ from . import timing
 from .attack_candidates import whole
 from .attack_step import pgd_step
 from .attacks import Attacked, check_examples, run_in_turn
-from .baselines import Baseline, Contender
+from .baselines import COMPILED_MODEL, Baseline, Contender
 from .cases import SEED, Workload
 from .harness import Budget
 from .store import Settings
@@ -31,7 +31,7 @@ from .table_attacks import Lengths, Patch, Row
 
 SHIPPED = "as shipped"
 FROZEN = "frozen"
-COMPILED = "frozen + compile(model)"
+COMPILED = COMPILED_MODEL
 ACCELERATED = "accelerate"
 PATCHED = "patch"
 

@@ -242,7 +242,8 @@ class TablesBenchmark(Benchmark):
             known = [row for row in ROWS if row.table == table]
             notes = [*NOTES.get(table, ())]
             notes += [f"{row.name}, patch: {row.note}." for row in known if row.note]
-            notes += [f"{LIBRARIES[name].note}." for name in {row.library: 0 for row in known} if LIBRARIES[name].note]
+            libraries = (LIBRARIES[name] for name in dict.fromkeys(row.library for row in known))
+            notes += [f"{library.note}." for library in libraries if library.note]
             body += [
                 f"## {TITLES[table]}",
                 circumstances([one for _, one in entries]),

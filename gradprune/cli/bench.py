@@ -76,7 +76,7 @@ examples:
   gradprune bench objectives --objectives plain pgd fast      train with three of the objectives
   gradprune bench micro --threads 1 --groups losses masks     pieces of a step beside what memory and arithmetic allow
   gradprune bench emit --cases resnet18-b32 resnet18-b32-fp16@sm_80   what steps become on GPUs, without one
-  gradprune bench gpu --rehearse --output /tmp/rehearsal      what bench/gpu.sh does on a GPU, in minutes on the CPU
+  gradprune bench gpu --rehearse --output rehearsal           what bench/gpu.sh does on a GPU, in minutes on the CPU
   gradprune bench table --output bench/results/cpu-1-thread   tables and plots again from the JSON there
 
 A run that was interrupted goes on where it stopped when it is started again: a case that is in the JSON with all

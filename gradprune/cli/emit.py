@@ -15,7 +15,7 @@ from gradprune.support.arguments import parse_whole
 from gradprune.support.progress import stage
 from gradprune.workloads.target import BATCH
 
-from .options import AUTOCAST, check_modules
+from .options import AUTOCAST, add_target_options, check_modules
 
 CHECKED = 2
 """Images to check unless asked otherwise: an interpreter takes its time."""
@@ -60,13 +60,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--autocast", choices=tuple(AUTOCAST), help="type the model computes in (default: that of its weights)"
     )
-    group.add_argument(
-        "--form", choices=("step", "model"), default="step", help="compile the step, or only its model (default: step)"
-    )
-    group.add_argument("--batch", type=parse_whole, metavar="N", help=f"images (default: {BATCH}, {CHECKED} to check)")
-    group.add_argument("--image-size", type=parse_whole, metavar="N", help="height and width (default: the model's)")
-    group.add_argument("--disable", nargs="+", action="extend", default=[], metavar="PASS", help="leave out passes")
-    group.add_argument("--exact-order", action="store_true", help="leave out passes that may round differently")
+    add_target_options(group, batch=None, shown=f"{BATCH}, {CHECKED} to check")
     group.add_argument(
         "--against", choices=("frozen-compile",), help="what torch.compile makes of it with frozen parameters, too"
     )

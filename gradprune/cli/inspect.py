@@ -19,6 +19,8 @@ from gradprune.ops.kernel_choice import not_measuring
 from gradprune.report.report import Report, unit_of
 from gradprune.workloads.target import BATCH, TargetOptions, load_target
 
+from .options import add_target_options
+
 DESCRIPTION = """\
 Show what gradprune makes of an attack step: what is removed from its backward graph, what is not and why, what is
 computed once per attack, and what all of it should bring. Nothing is run or compiled and no activation is allocated:
@@ -69,13 +71,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.description, parser.epilog = DESCRIPTION, EPILOG
     parser.add_argument("target", metavar="TARGET", help="timm:NAME, digits or module:name, see below")
     group = parser.add_argument_group("what to inspect")
-    group.add_argument(
-        "--form", choices=("step", "model"), default="step", help="compile the step, or only its model (default: step)"
-    )
-    group.add_argument("--batch", type=_positive, default=BATCH, metavar="N", help="images (default: %(default)s)")
-    group.add_argument("--image-size", type=_positive, metavar="N", help="height and width (default: the model's)")
-    group.add_argument("--disable", nargs="+", action="extend", default=[], metavar="PASS", help="leave out passes")
-    group.add_argument("--exact-order", action="store_true", help="leave out passes that may round differently")
+    add_target_options(group, batch=BATCH, shown=BATCH)
     group.add_argument(
         "--real", action="store_true", help="allocate weights and inputs, for a function that reads them"
     )
@@ -171,13 +167,3 @@ def _write_dot(path: Path, report: Report) -> None:
         write_text(path, dot(report))
     except OSError as error:
         raise OptionError(f"cannot write --dot {path}: {error.strerror or error}") from error
-
-
-def _positive(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text!r}")
-    return value

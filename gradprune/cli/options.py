@@ -161,6 +161,22 @@ def autocast_type(name: str | None) -> torch.dtype | None:
     return None if name is None else getattr(torch, AUTOCAST[name])
 
 
+def add_target_options(group: Any, *, batch: int | None, shown: object) -> None:
+    """Add what a stock attack to be inspected or emitted depends on.
+
+    Args:
+        group: Where to add the options.
+        batch: Images unless asked otherwise.
+        shown: What the help says of that.
+    """
+    add = group.add_argument
+    add("--form", choices=("step", "model"), default="step", help="compile the step, or only its model (default: step)")
+    add("--batch", type=parse_whole, default=batch, metavar="N", help=f"images (default: {shown})")
+    add("--image-size", type=parse_whole, metavar="N", help="height and width (default: the model's)")
+    add("--disable", nargs="+", action="extend", default=[], metavar="PASS", help="leave out passes")
+    add("--exact-order", action="store_true", help="leave out passes that may round differently")
+
+
 # --- What has to be there ---------------------------------------------------------------------------------------------
 
 

@@ -111,31 +111,26 @@ class Sized:
         ]
         return joined(pieces)
 
-    def _cuts(self, rows: int, small: int) -> Iterator[tuple[int, int, int]]:
+    def _cuts(self, rows: int, small: int) -> list[tuple[int, int, int]]:
         """How ``rows`` rows are cut: size computed, first row, row behind the last."""
+        parts = list(self._parts(rows, small))
         own = min((size for size in self._own if size >= rows), default=0)
-        if own and own < self._computed(rows, small):
-            yield own, 0, rows
-            return
-        self._note_parts(rows, small)
+        if own and own < sum(size for size, *_ in parts):
+            return [(own, 0, rows)]
+        if rows not in (small, self._largest) and rows < self._largest:
+            self._in_parts[rows] += 1
+            if self._in_parts[rows] == OFTEN and len(self._own) < OWN:
+                self._own.append(rows)
+        return parts
+
+    def _parts(self, rows: int, small: int) -> Iterator[tuple[int, int, int]]:
+        """The same without sizes of their own."""
         begin = 0
         while begin < rows:
             left = rows - begin
             size = small if -(-left // small) * small < self._largest else self._largest
             yield size, begin, begin + min(size, left)
             begin += size
-
-    def _computed(self, rows: int, small: int) -> int:
-        """Rows that are computed for ``rows`` rows without a size of their own."""
-        whole, left = divmod(rows, self._largest)
-        return whole * self._largest + min(-(-left // small) * small, self._largest)
-
-    def _note_parts(self, rows: int, small: int) -> None:
-        """Remember that a number of rows was computed in parts or filled up, and give it a size if it often is."""
-        if rows not in (small, self._largest) and rows < self._largest:
-            self._in_parts[rows] += 1
-            if self._in_parts[rows] == OFTEN and len(self._own) < OWN:
-                self._own.append(rows)
 
     def padded(self, size: int, model: Model, x: Tensor, *others: Tensor) -> Any:
         """Call the function that is compiled for ``size`` rows on that many or fewer."""

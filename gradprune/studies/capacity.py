@@ -125,13 +125,9 @@ class CapacityStudy(Study):
                 for seed in range(scale.seeds):
                     figures = self._cell(context, scale, net, capacity, name, way, seed)
                     found.setdefault((name + way, capacity), []).append(figures)
-        return Outcome(
-            self.name,
-            self.title,
+        return self.outcome(
+            context,
             self._about(context, scale),
-            context.images.name,
-            context.options.scale,
-            context.options.eager,
             self._claims(scale, found),
             [self._parameters(context, scale), *self._tables(scale, found)],
             [self._picture(context, scale, found, name) for name in PAPERS],

@@ -106,13 +106,9 @@ class LabStudy(Study):
             f"{len(parts.test_x):,} for testing. The network returns logits: a softmax before `F.cross_entropy`, which "
             "has one of its own, is a trap, and what it costs is measured beside."
         )
-        return Outcome(
-            self.name,
-            self.title,
+        return self.outcome(
+            context,
             about,
-            parts.name,
-            context.options.scale,
-            context.options.eager,
             claims,
             [Table("Test accuracy under FGSM, %", ["eps", *cells], rows)],
             self._pictures(context, scale, cells),

@@ -89,13 +89,9 @@ class LotteryStudy(Study):
             f"after each of {scale.rounds} rounds the smallest {scale.share:.0%} of the weights of every layer go, "
             f"down to {last:.2%}. Drawn again are the weights of the ticket, with its masks. FGSM has eps {EPS:g}."
         )
-        return Outcome(
-            self.name,
-            self.title,
+        return self.outcome(
+            context,
             about,
-            context.images.name,
-            context.options.scale,
-            context.options.eager,
             self._claims(rounds),
             [self._table(rounds)],
             [self._picture(context, rounds)],

@@ -128,13 +128,9 @@ class RobustnessStudy(Study):
             "normalised inside the networks. The paper's numbers are of 100 classes of MiniPlaces."
             + (" **This is a rehearsal on crops of few photographs, no result.**" if "rehearsal" in images.name else "")
         )
-        return Outcome(
-            self.name,
-            self.title,
+        return self.outcome(
+            context,
             about,
-            images.name,
-            context.options.scale,
-            context.options.eager,
             self._claims(own, cells),
             [*self._tables(cells), self._costs(context, cells)],
             [self._picture(context, cells), *self._panels(context, cells)],

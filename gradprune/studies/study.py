@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,7 +15,7 @@ from gradprune.support.files import write_json
 
 from .context import Context, Options
 from .data import Images, load_images
-from .outcome import Outcome
+from .outcome import Claim, Outcome, Picture, Table
 
 OUTCOME = "outcome.json"
 
@@ -43,6 +44,21 @@ class Study(ABC):
     def select(self, images: Images, scale: Any) -> Images:
         """The part of the data that is used."""
         return images.only(scale.train, scale.test)
+
+    def outcome(
+        self,
+        context: Context,
+        about: str,
+        claims: Sequence[Claim],
+        tables: Sequence[Table],
+        pictures: Sequence[Picture],
+    ) -> Outcome:
+        """What ``measure`` returns; see ``Outcome``."""
+        options = context.options
+        return Outcome(
+            *(self.name, self.title, about, context.images.name, options.scale, options.eager),
+            *(claims, tables, pictures),
+        )
 
     def run(self, options: Options, images: Images, scale: Any = None) -> Outcome:
         """Run the study, or what is left of it; write its outcome, and say how long it took.

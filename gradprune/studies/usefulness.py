@@ -138,13 +138,9 @@ class UsefulnessStudy(Study):
             "half of which eps grows from 0 to 0.3: with eps 0.3 from the first update on it would have to be trained "
             "for far longer to learn anything."
         )
-        return Outcome(
-            self.name,
-            self.title,
+        return self.outcome(
+            context,
             about,
-            context.images.name,
-            context.options.scale,
-            context.options.eager,
             self._claims(cells),
             self._tables(cells),
             self._pictures(context, cells),
