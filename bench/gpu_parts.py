@@ -32,7 +32,6 @@ PRECISIONS: dict[str, tuple[str, ...]] = {"tf32": ("--tf32",), "fp16": ("--autoc
 CANDIDATES = ("backward", "frozen", "compile-model", "compile-model-graphs", "gradprune", "gradprune-graphs")
 TUNED = ("frozen", "compile-model-tuned", "gradprune", "gradprune-tuned")
 LAYOUT_CASES = ("resnet18-224-b32", "mobilenetv2-224-b32", "convnext_atto-224-b32")
-TESTS = ("numerics", "steps", "freshness", "attacks")
 TINY = "tiny-b2"
 """What a rehearsal has in place of every network."""
 
@@ -76,11 +75,9 @@ def all_parts(*, rehearse: bool, has: Callable[[str], bool]) -> list[Part]:
     """
     device = ("--device", "cpu" if rehearse else "cuda")
     parts = [Part(0, "smoke", ("-m", "gradprune.bench.smoke", *device, "--output", OUTPUT), 120)]
-    parallel = ("-n", "8") if has("xdist") and not rehearse else ()
-    for name in TESTS:
-        command = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--show-capture=no", *parallel)
-        junit = f"--junitxml={OUTPUT}/tests.xml"
-        parts.append(Part(1, f"tests-{name}", (*command, junit, f"tests/gpu/test_gpu_{name}.py"), 240, ("pytest",)))
+    parallel = ("-n", "12") if has("xdist") and not rehearse else ()
+    command = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--show-capture=no", *parallel)
+    parts.append(Part(1, "tests", (*command, f"--junitxml={OUTPUT}/tests.xml", "tests/gpu"), 300, ("pytest",)))
     return [*parts, *(_rehearsed() if rehearse else _measured())]
 
 
@@ -95,7 +92,7 @@ def _step(cases: Sequence[str], candidates: Sequence[str], *more: str) -> tuple[
 
 def _measured() -> list[Part]:
     """The stages that measure, on a GPU."""
-    timing = ("--device", "cuda", "--rounds", "7", "--seconds", "10")
+    timing = ("--device", "cuda", "--rounds", "7", "--seconds", "8")
 
     def from_timm(case: str) -> bool:
         return not case.startswith("bert")
