@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import importlib.machinery
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -22,6 +23,7 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -33,11 +35,14 @@ from gradprune.errors import OptionError
 from gradprune.support.arguments import parse_whole
 from gradprune.support.files import replacing, write_json, write_text
 
-from .gpu_parts import OUTPUT, STAGES, Part, all_parts
+from .gpu_parts import LOCK, OUTPUT, STAGES, Part, all_parts
 from .report import grid
 
 ROOT = Path(__file__).resolve().parents[1]
 """The checkout."""
+
+TOGETHER = max(1, (os.cpu_count() or 1) // 2)
+"""Parts that compile side by side, by default: each keeps two processors busy."""
 
 BUDGET = 520
 """Seconds of a slice, by default."""
@@ -98,6 +103,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--stage", type=int, nargs="+", choices=tuple(STAGES), metavar="N", help="which (default: all)")
     text = f"seconds after which no part goes on (default: {BUDGET})"
     add("--budget", type=parse_whole, default=BUDGET, metavar="SECONDS", help=text)
+    text = f"how many parts that are timed alone compile side by side (default: {TOGETHER})"
+    add("--together", type=parse_whole, default=TOGETHER, metavar="N", help=text)
     add("--again", action="store_true", help="do parts that have a result again as well (default: off)")
     add("--retry", action="store_true", help="do parts that are not done again: failed, timed out, lacking")
     add("--wheels", type=Path, metavar="DIR", help="install these wheels for the parts, without a network")
@@ -125,7 +132,7 @@ def run(arguments: argparse.Namespace, known: Collection[str]) -> int:
     arguments.output.mkdir(parents=True, exist_ok=True)
     with prepared(arguments.wheels, rehearse=arguments.rehearse) as (environment, has):
         parts = all_parts(rehearse=arguments.rehearse, has=has)
-        day = Day(arguments.output.resolve(), environment, has, known, arguments.pack)
+        day = Day(arguments.output.resolve(), environment, has, known, arguments.pack, arguments.together)
         chosen = [part for part in parts if arguments.stage is None or part.stage in arguments.stage]
         return day.work_through(chosen, ends, again=arguments.again, retry=arguments.retry)
 
@@ -139,6 +146,7 @@ class Day:
         has: Whether the parts can import a module.
         known: Commands of ``python -m bench`` that there are.
         pack: Where to pack the folder to, if at all.
+        together: How many of the parts that may share the machine run at a time.
     """
 
     def __init__(
@@ -148,8 +156,10 @@ class Day:
         has: Callable[[str], bool],
         known: Collection[str],
         pack: Path | None = None,
+        together: int = 1,
     ) -> None:
         self._folder, self._environment, self._has, self._known, self._pack = folder, environment, has, known, pack
+        self._together = together
 
     def work_through(self, parts: Sequence[Part], ends: float, *, again: bool = False, retry: bool = False) -> int:
         """Do ``parts`` until ``ends``, by the monotonic clock; see ``run``."""
@@ -160,15 +170,18 @@ class Day:
             print(f"{left} of {len(parts)} parts have a result already", flush=True)
         open_parts.sort(key=lambda part: _tries(results[part.title]))  # stable: those not yet cut come first
         all_done = True
-        for part in open_parts:
+        for batch in in_batches(open_parts, self._together):
             if ends - time.monotonic() < SHORTEST:
                 print("the budget is spent: call it again to go on", flush=True)
                 break
-            if _outcome(results[part.title]) != CUT:  # benchmarks go on from what they find, failures included
-                shutil.rmtree(self._folder / part.title, ignore_errors=True)
-            outcome = self._do(part, ends, _tries(results[part.title]))
-            all_done &= outcome.outcome == DONE
-            self._write(part, outcome)
+            for part in batch:
+                if _outcome(results[part.title]) != CUT:  # benchmarks go on from what they find, failures included
+                    shutil.rmtree(self._folder / part.title, ignore_errors=True)
+            with ThreadPoolExecutor(len(batch)) as pool:
+                doing = {pool.submit(self._do, part, ends, _tries(results[part.title])): part for part in batch}
+                for done in as_completed(doing):
+                    all_done &= done.result().outcome == DONE
+                    self._write(doing[done], done.result())
         return int(not all_done)
 
     def result(self, part: Part) -> Outcome | None:
@@ -185,7 +198,8 @@ class Day:
         lacks = [name for name in part.needs if not self._has(name)]
         if part.benchmark is not None and part.benchmark not in self._known:
             lacks.append(f"bench {part.benchmark}")
-        command = [word.replace(OUTPUT, str(self._folder / part.title)) for word in part.command]
+        named = {OUTPUT: str(self._folder / part.title), LOCK: str(self._folder / "lock")}
+        command = [named.get(word) or word.replace(OUTPUT, named[OUTPUT]) for word in part.command]
         if lacks:
             print(f"{part.title}: lacking {', '.join(lacks)}", flush=True)
             return Outcome(part.stage, part.name, command, LACKING, lacks=lacks)
@@ -229,6 +243,14 @@ def _outcome(result: Outcome | None) -> str:
 
 def _tries(result: Outcome | None) -> int:
     return 0 if result is None else result.tries
+
+
+def in_batches(parts: Sequence[Part], together: int) -> Iterator[list[Part]]:
+    """The parts in their order: at most ``together`` of those that share the machine at a time, others alone."""
+    for shares, group in itertools.groupby(parts, key=lambda part: part.shares):
+        members, size = list(group), together if shares else 1
+        for first in range(0, len(members), size):
+            yield members[first : first + size]
 
 
 def execute(command: Sequence[str], environment: Mapping[str, str], log: Path, limit: float) -> int | None:
@@ -289,6 +311,7 @@ def prepared(
             announce(site)
         paths = [name, str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+        environment.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "4")  # for each of many processes
         if rehearse:
             environment.update(CUDA_VISIBLE_DEVICES="", GRADPRUNE_GPU_REHEARSE="1")
 

@@ -20,6 +20,12 @@ STAGES = {
 OUTPUT = "{output}"
 """Stands for the folder of a part in its command."""
 
+LOCK = "{lock}"
+"""Stands for the file in the command of parts that run side by side and are timed one at a time."""
+
+PATIENCE = "100"
+"""Seconds that a candidate of these has to compile."""
+
 CASES = (
     "resnet18-224-b32",
     "resnet50-224-b32",
@@ -55,6 +61,11 @@ class Part:
     needs: tuple[str, ...] = ()
 
     @property
+    def shares(self) -> bool:
+        """Whether it may run beside others: what compiles long and is timed alone."""
+        return "--lock" in self.command
+
+    @property
     def title(self) -> str:
         """Name of its files."""
         return f"{self.stage}-{self.name}"
@@ -87,7 +98,8 @@ def _bench(stage: int, name: str, limit: float, *words: str, timm: bool = False)
 
 
 def _step(cases: Sequence[str], candidates: Sequence[str], *more: str) -> tuple[str, ...]:
-    return ("step", "--cases", *cases, "--candidates", *candidates, "--distinct", *more)
+    side_by_side = ("--lock", LOCK, "--patience", PATIENCE)
+    return ("step", "--cases", *cases, "--candidates", *candidates, "--distinct", *side_by_side, *more)
 
 
 def _measured() -> list[Part]:

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,10 +31,14 @@ class Budget:
     Attributes:
         rounds: Attacks timed per candidate, at most.
         seconds: Seconds of timing per case after which no further round begins; three rounds are run in any case.
+        patience: Seconds that a candidate has to compile and to be checked.
+        lock: Shared with processes that run at the same time, see ``turns.side_by_side``.
     """
 
     rounds: int = 9
     seconds: float = 120.0
+    patience: float | None = None
+    lock: Path | None = None
 
 
 class CheckFailed(Exception):
@@ -68,13 +73,13 @@ def load_average() -> float | None:
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
-def start_compiler() -> None:
+def start_compiler(device: str = "cpu") -> None:
     """Compile something trivial.
 
     What Inductor does once per process and once per machine, such as its imports and the headers it precompiles, would
     otherwise count against the first candidate that compiles.
     """
-    torch.compile(lambda tensor: (tensor + 1).relu())(torch.ones(64))
+    torch.compile(lambda tensor: (tensor + 1).relu())(torch.ones(64, device=device))
 
 
 def time_rounds(

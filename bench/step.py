@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -68,6 +69,7 @@ from .report import (
     ratio_text,
 )
 from .store import Compared, Ratio, Results, Settings, Timed
+from .turns import side_by_side, within
 
 POINT_SEEDS = (1, 2)
 
@@ -265,9 +267,10 @@ def measure_case(
     Returns:
         A record for each candidate, in their order.
     """
-    with stage(f"{case.name}: building"):
-        work = case.prepare(settings.device, channels_last=settings.channels_last)
-    return measure_workload(work, baselines, settings, budget, same=same)
+    with side_by_side(budget.lock) as alone:
+        with stage(f"{case.name}: building"):
+            work = case.prepare(settings.device, channels_last=settings.channels_last)
+        return measure_workload(work, baselines, settings, budget, same=same, alone=alone)
 
 
 def measure_workload(
@@ -278,6 +281,7 @@ def measure_workload(
     tell: Callable[[Contender, Tensor, Reports], None] = lambda contender, adversarial, reports: None,
     *,
     same: bool = True,
+    alone: Callable[[], object] = lambda: None,
 ) -> list[Record]:
     """As ``measure_case``, of a case that has been built.
 
@@ -288,6 +292,7 @@ def measure_workload(
         budget: How long to time.
         tell: Called with every candidate that was timed, the adversarial examples it found, and gradprune's reports.
         same: Also check a call with one tensor as both ``x_adv`` and ``x``, for which Dynamo compiles anew.
+        alone: Called before the candidates are timed; waits for processes that would disturb it.
     """
     # Candidates of all cases share the code that Dynamo keys its memory of shapes by.
     torch.compiler.reset()
@@ -300,12 +305,13 @@ def measure_workload(
     reports: dict[str, Reports] = {}
     counted: dict[str, int] = {}
     if any(baseline.compiles for baseline in baselines):
-        start_compiler()
+        start_compiler(settings.device)
     for baseline in baselines:
         record = Record(case.name, baseline.name, load=load)
-        # Empty disk caches: a compile time that depended on earlier runs, or on other candidates, would be none.
-        empty = fresh_cache() if baseline.compiles else contextlib.nullcontext()
-        with stage(f"{case.name}: checking {baseline.name}"), empty:
+        # Empty disk caches: a compile time that depended on earlier runs, or on other candidates, would be none. Beside
+        # other processes it is none in any case.
+        empty = fresh_cache() if baseline.compiles and budget.lock is None else contextlib.nullcontext()
+        with stage(f"{case.name}: checking {baseline.name}"), empty, within(budget.patience):
             try:
                 contender, figured, reports[baseline.name] = _enter(baseline, reference, settings)
             except Exception as error:  # whatever a compiler may raise: the others are measured all the same
@@ -313,9 +319,12 @@ def measure_workload(
                 print(f"{baseline.name} failed: {reason(error)}", file=sys.stderr, flush=True)
                 continue
         passed.append(contender)
+        if budget.lock is not None:
+            figured.pop("cold_seconds", None)
         records[baseline.name] = replace(record, **figured)
         if len(reports[baseline.name]) == 1:
             counted = counted or reports[baseline.name][0]["flops"]["before"]
+    alone()
     with counter(f"{case.name}: timing", budget.rounds * len(passed)) as bar:
         seconds = time_rounds(passed, work, settings.steps, budget, bar.update)
     for contender in passed:
@@ -488,6 +497,10 @@ class StepBenchmark(Benchmark):
             parser.add_argument("--candidates", nargs="+", metavar="NAME", help=text)
         parser.add_argument("--steps", default=10, help="steps of an attack (default: 10)", **WHOLE)
         add_budget(parser, 120)
+        text = "seconds that a candidate has to compile and to be checked (default: no limit)"
+        parser.add_argument("--patience", help=text, **WHOLE)
+        text = "compile beside others with this file, and time alone; compile times are left out (default: off)"
+        parser.add_argument("--lock", type=Path, metavar="FILE", help=text)
         text = "leave out the check with x_adv = x, for which everything is compiled once more (default: off)"
         parser.add_argument("--distinct", action="store_true", help=text)
         add_settings(parser)
@@ -503,7 +516,7 @@ class StepBenchmark(Benchmark):
     def plans(self, arguments: argparse.Namespace, settings: Settings) -> list[Plan]:
         """As ``Benchmark.plans``."""
         cases, baselines = self.cases(arguments), self.baselines(arguments, settings)
-        budget = Budget(arguments.rounds, arguments.seconds)
+        budget = Budget(arguments.rounds, arguments.seconds, arguments.patience, arguments.lock)
         own = Plan(
             self,
             lambda results: measure(results, cases, baselines, budget, same=not arguments.distinct),
