@@ -37,6 +37,8 @@ from gradprune.support.files import replacing, write_json, write_text
 
 from .gpu_parts import LOCK, OUTPUT, STAGES, Part, all_parts
 from .report import grid
+from .step import Record
+from .store import Results
 
 ROOT = Path(__file__).resolve().parents[1]
 """The checkout."""
@@ -182,6 +184,7 @@ class Day:
                 for done in as_completed(doing):
                     all_done &= done.result().outcome == DONE
                     self._write(doing[done], done.result())
+        gather(self._folder)
         return int(not all_done)
 
     def result(self, part: Part) -> Outcome | None:
@@ -243,6 +246,19 @@ def _outcome(result: Outcome | None) -> str:
 
 def _tries(result: Outcome | None) -> int:
     return 0 if result is None else result.tries
+
+
+def gather(folder: Path) -> None:
+    """Put what ``bench step`` measured in parts of its own into one file for each precision, as one run writes it."""
+    gathered: dict[Path, Results[Record]] = {}
+    for path in sorted(folder.glob("2-step-*/step.json")):
+        one = Results.read(path, Record)
+        precision = one.settings.autocast or ("tf32" if one.settings.tf32 else "fp32")
+        target = folder / f"step-{precision}" / "step.json"
+        target.parent.mkdir(exist_ok=True)
+        into = gathered.setdefault(target, Results(target, Record, one.settings, one.environment))
+        for case in one.cases:
+            into.add([record for record in one.records if record.case == case], instead_of=case)
 
 
 def in_batches(parts: Sequence[Part], together: int) -> Iterator[list[Part]]:
