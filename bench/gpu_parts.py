@@ -11,7 +11,7 @@ from .tables import TITLES
 STAGES = {
     0: "versions, and whether a compiled step works",
     1: "tests/gpu",
-    2: "bench step at batch 32, in TF32, fp16 and fp32, with CUDA graphs and max-autotune",
+    2: "a step kernel by kernel; bench step at batch 32, in TF32, fp16 and fp32, with CUDA graphs and max-autotune",
     3: "layouts, and kernels by themselves",
     4: "the tables at the paper's sizes",
     5: "adversarial training",
@@ -97,6 +97,12 @@ def _bench(stage: int, name: str, limit: float, *words: str, timm: bool = False)
     return Part(stage, name, command, limit, ("timm",) if timm else ())
 
 
+def _profile(case: str, name: str, *settings: str) -> Part:
+    candidates = ("--candidates", "compile-model-graphs", "gradprune-graphs")
+    command = ("-m", "gradprune.bench.profile_step", "--case", case, *candidates, *settings, "--output", OUTPUT)
+    return Part(2, f"profile-{case}-{name}", command, 150, () if case == TINY else ("timm",))
+
+
 def _step(cases: Sequence[str], candidates: Sequence[str], *more: str) -> tuple[str, ...]:
     side_by_side = ("--lock", LOCK, "--patience", PATIENCE)
     return ("step", "--cases", *cases, "--candidates", *candidates, "--distinct", *side_by_side, *more)
@@ -110,6 +116,9 @@ def _measured() -> list[Part]:
         return not case.startswith("bert")
 
     parts = [
+        _profile(case, name, "--device", "cuda", *PRECISIONS[name]) for case in CASES[:3] for name in ("tf32", "fp16")
+    ]
+    parts += [
         _bench(2, f"step-{case}-{name}", 300, *_step([case], CANDIDATES, *timing, *precision), timm=from_timm(case))
         for name, precision in PRECISIONS.items()
         for case in CASES
@@ -142,7 +151,8 @@ def _rehearsed() -> list[Part]:
     """The same commands on the CPU, each once."""
     timing = ("--device", "cpu", "--rounds", "1", "--threads", "1")
     short = (*timing, "--steps", "2")
-    parts = [_bench(2, f"step-{TINY}", 120, *_step([TINY], CANDIDATES, *short))]
+    parts = [_profile(TINY, "fp32", "--device", "cpu", "--threads", "1")]
+    parts.append(_bench(2, f"step-{TINY}", 120, *_step([TINY], CANDIDATES, *short)))
     half = _step([TINY], ("frozen", "gradprune"), *short, *PRECISIONS["fp16"])
     parts.append(_bench(2, f"step-{TINY}-fp16", 120, *half))
     parts.append(_bench(3, "micro", 120, "micro", *timing, "--small", "--groups", "masks", "input"))
