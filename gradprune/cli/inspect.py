@@ -10,13 +10,18 @@ import webbrowser
 from pathlib import Path
 
 from gradprune.compiler.options import Options
+from gradprune.emit.gpus import GPUS
+from gradprune.emit.record import Request
+from gradprune.emit.run import check_requirements, emit
 from gradprune.errors import GradpruneError, OptionError
 from gradprune.graph.cost import FLOP_CLASSES
 from gradprune.inspect.dot import dot
 from gradprune.inspect.dump import VARIABLE
 from gradprune.inspect.explain import Counted, analyse, count_frozen_compile
+from gradprune.inspect.page import add_emission
 from gradprune.ops.kernel_choice import not_measuring
 from gradprune.report.report import Report, unit_of
+from gradprune.support.progress import stage
 from gradprune.workloads.target import BATCH, TargetOptions, load_target
 
 from .options import add_target_options
@@ -57,6 +62,7 @@ examples:
   gradprune inspect timm:resnet18 --form model           what accelerate(model) does for an attack library
   gradprune inspect timm:vit_small_patch16_224 --disable early-masks
   gradprune inspect timm:resnet18 --dump out --open      every stage as a file, and the page that compares them
+  gradprune inspect timm:resnet18 --gpu sm_75 --open     the page lists the kernels of a T4 too, see gradprune emit
   gradprune inspect timm:resnet18 --why convolution_5    what needs this node; names are those of the dump
   gradprune inspect timm:resnet18 --against frozen-compile
                                                          beside torch.compile on a model with frozen parameters
@@ -80,6 +86,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--against", choices=("frozen-compile",), help="count what torch.compile does with frozen parameters, too"
     )
+    group.add_argument(
+        "--gpu", choices=tuple(GPUS), help="with --dump or --open: generate its code for this GPU, for the page"
+    )
     group.add_argument("--json", action="store_true", help="print the report as JSON")
     group.add_argument("--dump", type=Path, metavar="DIR", help="write every stage to a folder in DIR")
     group.add_argument("--dot", type=Path, metavar="FILE", help="write the graph for Graphviz")
@@ -97,6 +106,12 @@ def run(arguments: argparse.Namespace) -> int:
         GradpruneError: It cannot be done.
     """
     dump = arguments.dump
+    if arguments.gpu is not None:
+        if dump is None and not arguments.open:
+            raise OptionError("--gpu is for the page: pass --dump or --open too, or use gradprune emit")
+        if arguments.real:
+            raise OptionError("--gpu generates code without values: leave out --real")
+        check_requirements()
     if arguments.open and dump is None and not os.environ.get(VARIABLE):
         dump = Path(tempfile.mkdtemp(prefix="gradprune-"))
     options = Options(disable=tuple(arguments.disable), exact_order=arguments.exact_order, dump=dump)
@@ -131,12 +146,27 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"\n{beside(report, counted)}")
         for answer in answers:
             print(f"\n{answer}")
+    page = Path(report.dump or "", "page.html")
+    if (arguments.open or arguments.gpu) and (report.dump is None or not page.exists()):
+        raise GradpruneError(f"there is no page: {report.dump_error}")
+    if arguments.gpu:
+        with stage(f"emitting {arguments.target} for {arguments.gpu}"):
+            add_emission(page, emit(_request(arguments)))
     if arguments.open:
-        page = Path(report.dump or "", "page.html")
-        if report.dump is None or not page.exists():
-            raise GradpruneError(f"there is no page to open: {report.dump_error}")
         webbrowser.open(page.resolve().as_uri())
     return int(arguments.dump is not None and report.dump_error is not None)
+
+
+def _request(arguments: argparse.Namespace) -> Request:
+    return Request(
+        target=arguments.target,
+        gpu=arguments.gpu,
+        form=arguments.form,
+        batch=arguments.batch,
+        image_size=arguments.image_size,
+        disable=tuple(arguments.disable),
+        exact_order=arguments.exact_order,
+    )
 
 
 def beside(report: Report, counted: Counted) -> str:

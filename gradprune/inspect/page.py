@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import html
 import json
-import os
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from gradprune.report.report import Report
+from gradprune.support.files import write_text
 
 TITLES = {"step": "attack step, one graph", "model": "model, backward called from outside"}
-MODULES = ("figures", "data", "tree", "layout", "overview", "toolbar", "theme", "graph", "details", "start")
+MODULES = ("figures", "data", "tree", "layout", "overview", "gpu", "toolbar", "theme", "graph", "details", "start")
 """Of the script. The first four look at no document."""
 
 KINDS = ("removed", "narrowed", "hoisted", "skipped")
@@ -27,12 +27,7 @@ def write_page(path: Path, report: Report, before: dict[str, Any], after: dict[s
         before: ``graph_data`` of the graph before the passes.
         after: ``graph_data`` of the graph after them, which is that before them if nothing was done.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_text(page(report, before, after), encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_text(path, page(report, before, after))
 
 
 def page(report: Report, before: dict[str, Any], after: dict[str, Any]) -> str:
@@ -81,6 +76,19 @@ def page(report: Report, before: dict[str, Any], after: dict[str, Any]) -> str:
         head, _, rest = rest.partition(f"@{name}@")
         text += head + part
     return text + rest
+
+
+def add_emission(path: Path, emission: dict[str, Any]) -> None:
+    """Have a page that ``write_page`` wrote show what the step becomes on a GPU, too.
+
+    Args:
+        path: The file. It is replaced when it is complete.
+        emission: ``Emission.to_dict()``.
+    """
+    begin, end = '<script type="application/json" id="data">', "</script>"
+    head, _, rest = path.read_text(encoding="utf-8").partition(begin)
+    data, _, tail = rest.partition(end)  # nothing in the data ends a script
+    write_text(path, f"{head}{begin}{_in_script({**json.loads(data), 'emission': emission})}{end}{tail}")
 
 
 def _gone(report: Report, before: dict[str, Any], after: dict[str, Any]) -> dict[str, str]:

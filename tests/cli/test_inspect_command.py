@@ -224,6 +224,22 @@ def test_real_tensors_have_values(project: str, capsys: pytest.CaptureFixture[st
     assert "FLOP" in printed(capsys, f"{project}:reads_at_once", "--real")
 
 
+def test_code_for_a_gpu_is_for_the_page(
+    project: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    asked = []
+    monkeypatch.setattr("gradprune.cli.inspect.emit", lambda request: asked.append(request) or {"gpu": "Tesla T4"})
+    monkeypatch.setattr("gradprune.cli.inspect.check_requirements", lambda: None)
+    for options, message in ((), "pass --dump or --open"), (("--dump", "out", "--real"), "leave out --real"):
+        assert main(["inspect", f"{project}:pgd", "--gpu", "sm_75", *options]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    printed(capsys, f"{project}:pgd", "--gpu", "sm_75", "--dump", "out", "--exact-order")
+    (page,) = (tmp_path / "out").glob("*/page.html")
+    assert '"emission":{"gpu":"Tesla T4"}' in page.read_text()
+    assert [(one.target, one.gpu, one.exact_order) for one in asked] == [(f"{project}:pgd", "sm_75", True)]
+
+
 def test_unknown_passes_and_sizes(project: str, capsys: pytest.CaptureFixture[str]):
     assert main(["inspect", f"{project}:pgd", "--disable", "early-mask"]) == 2
     assert "did you mean 'early-masks'" in capsys.readouterr().err

@@ -19,8 +19,9 @@ from browser import Browser, find_browser
 from capture import Graph, step_graphs
 from torch import Tensor, nn
 
+from gradprune.emit.record import Call, Emission, Kernel, Part, Request
 from gradprune.inspect import page as page_module
-from gradprune.inspect.page import page, write_page
+from gradprune.inspect.page import add_emission, page, write_page
 from gradprune.passes.base import Change, PassResult, Tier
 from gradprune.passes.pipeline import PassRecord
 from gradprune.report.report import Report
@@ -153,6 +154,29 @@ def test_is_there_when_it_is_complete(graphs: Graphs, tmp_path: Path, monkeypatc
         with pytest.raises(OSError, match="No space left"):
             write_page(path, *graphs)
     assert path.read_bytes() == complete
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def emission() -> dict[str, Any]:
+    calls = [
+        Call(NASTY, "external", {"a": 4_000_000}, {"b": 2_000_000}, 5_000_000, "fp32", 2e-5),
+        Call("triton_poi_fused_0", "generated", {"b": 2_000_000}, {"c": 1_000_000}, 0, "fp32", 1e-5, {0: 2_000_000}),
+    ]
+    config = {"stack_bytes": 0, "shared_bytes": 4096, "occupancy": 0.5}
+    configs = [{**config, "registers": 18}, {**config, "registers": 32, "stack_bytes": 8}]
+    request = Request("digits", "sm_75")
+    parts = [Part("step", calls, 3_000_000, 1_000_000)]
+    return Emission(request, "Tesla T4", {}, "", parts, [Kernel("triton_poi_fused_0", "step", configs)]).to_dict()
+
+
+def test_emission_is_added(graphs: Graphs, tmp_path: Path):
+    path = tmp_path / "page.html"
+    write_page(path, *graphs)
+    before = Reader(path.read_text()).data()
+    add_emission(path, emission())
+    after = Reader(path.read_text()).data()
+    assert after.pop("emission") == json.loads(json.dumps(emission()))
+    assert after == before
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -416,6 +440,24 @@ def test_curve(opened: Browser, graphs: Graphs):
     assert last in texts(opened, "#reading")[0]
     opened.press("Enter")
     assert texts(opened, "#details h2") == [last]
+
+
+def test_calls_on_a_gpu_are_listed(browser: Browser, graphs: Graphs, file: Path, tmp_path: Path):
+    browser.open(file)
+    assert texts(browser, "#gpu details") == []
+    path = tmp_path / "page.html"
+    write_page(path, *graphs)
+    add_emission(path, emission())
+    browser.open(path)
+    (summary,) = texts(browser, "#gpu summary")
+    assert "Tesla T4 1 launches of 1 generated kernels, 1 calls of libraries, 9.00 MB moved" in summary
+    assert "static estimate" in summary
+    browser.evaluate("document.querySelector('#gpu details').open = true")
+    external, generated = (row.split("\t") for row in texts(browser, "#gpu tbody tr"))
+    assert external[1:6] == [NASTY, "", "4.00 MB", "2.00 MB", "5.00 MFLOP"]
+    assert generated[1:7] == ["poi_fused_0", "0", "2.00 MB", "1.00 MB", "", "10.0"]
+    assert generated[8:] == ["18\u201332", "8", "4,096", "0.50"]
+    assert browser.errors() == []
 
 
 def test_nasty_texts(browser: Browser, graphs: Graphs, tmp_path: Path):

@@ -19,6 +19,7 @@ function start(graphs) {
   drawFigures();
   moveReading = drawMemory();
   drawPasses();
+  if (data.emission) drawEmission(data.emission);
   drawToolbar();
   drawHelp();
   setTheme();
