@@ -24,6 +24,7 @@ from .fold_batch_norm import FoldBatchNorm
 from .gather_max_pool import GatherMaxPool
 from .hoist_invariants import HoistInvariants
 from .narrow_outputs import NarrowOutputs
+from .narrow_rows import NarrowRows
 from .prepack_convolutions import PrepackConvolutions
 from .prepack_linears import prepack_linears
 from .rewrite import LocalRewrite
@@ -37,6 +38,7 @@ PIPELINE: tuple[Pass, ...] = (
     FoldBatchNorm(),
     SelectOutputs(),
     NarrowOutputs(),
+    NarrowRows(),
     dgrad_as_convolution,
     shape_only_operands,
     GatherMaxPool(),
