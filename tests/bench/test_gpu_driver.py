@@ -18,8 +18,10 @@ import torch
 
 from gradprune.bench import gpu, smoke
 from gradprune.bench.cases import find_case
-from gradprune.bench.gpu import CUT, DONE, FAILED, LACKING, TIMED_OUT, Day, execute, prepared
-from gradprune.bench.gpu_parts import STAGES, Part, all_parts
+from gradprune.bench.gpu import CUT, DONE, FAILED, LACKING, TIMED_OUT, Day, execute, gather, in_batches, prepared
+from gradprune.bench.gpu_parts import LOCK, STAGES, Part, all_parts
+from gradprune.bench.step import Record
+from gradprune.bench.store import Results, Settings
 from gradprune.cli.main import build_parser, main
 
 ROOT = Path(__file__).parents[2]
@@ -114,6 +116,46 @@ def test_each_part_has_a_result_and_none_holds_up_the_next(tmp_path: Path) -> No
     assert "what went wrong" in (tmp_path / "results/gpu.md").read_text()
     with tarfile.open(tmp_path / "packed.tar.gz") as archive:
         assert {"./0-says/file", "./0-says.json", "./0-says.log", "./gpu.md"} <= set(archive.getnames())
+
+
+def test_parts_that_share_the_machine_run_at_the_same_time(tmp_path: Path) -> None:
+    code = """
+import sys, time
+from pathlib import Path
+own, other = (Path(sys.argv[2]).with_name(name) for name in sys.argv[3:])
+own.touch()
+while not other.exists():
+    time.sleep(0.01)
+"""
+    names = ("one", "two")
+    parts = [Part(1, own, ("-c", code, "--lock", LOCK, own, other), 60) for own, other in (names, names[::-1])]
+    day = day_in(tmp_path, together=2)
+    assert day.work_through([SAYS, *parts, FAILS], soon()) == 1
+    assert outcomes(day, SAYS, *parts, FAILS) == [DONE, DONE, DONE, FAILED]
+
+
+def test_batches() -> None:
+    shared = [Part(2, str(number), ("--lock",), 60) for number in range(5)]
+    batches = [SAYS, *shared[:3], FAILS, *shared[3:]]
+    assert list(in_batches(batches, 2)) == [[SAYS], shared[:2], shared[2:3], [FAILS], shared[3:]]
+
+
+def test_what_parts_measured_is_gathered_by_precision(tmp_path: Path) -> None:
+    def measured(case: str, **settings: Any) -> None:
+        path = tmp_path / f"2-step-{case}-{len(settings)}" / "step.json"
+        path.parent.mkdir()
+        results = Results(path, Record, Settings(device="cuda", **settings), {"gpu": "some"})
+        results.add([Record(case, name, seconds=[0.1]) for name in ("frozen eager", "gradprune")])
+
+    measured("one", tf32=True)
+    measured("two", tf32=True)
+    measured("one")
+    gather(tmp_path)
+    gather(tmp_path)
+    for precision, cases in (("tf32", ["one", "two"]), ("fp32", ["one"])):
+        results = Results.read(tmp_path / f"step-{precision}" / "step.json", Record)
+        assert results.cases == cases
+        assert len(results.records) == 2 * len(cases)
 
 
 def test_what_has_a_result_is_not_done_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
