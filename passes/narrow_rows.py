@@ -20,7 +20,7 @@ import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import fx
@@ -155,6 +155,10 @@ def _shape(node: object) -> list[int] | None:
     return None if value is None else list(value.shape)
 
 
+def _args(node: fx.Node) -> tuple[Any, ...]:
+    return node.args
+
+
 def _has_fixed_shape(node: fx.Node) -> bool:
     shape = _shape(node)
     return shape is None or all(isinstance(size, int) for size in shape)
@@ -171,20 +175,20 @@ def _is_pointwise(node: fx.Node) -> bool:
 def _read_row(node: fx.Node) -> Row | None:
     """The row of its first operand that a node returns."""
     if node.target is aten.select.int:
-        return _one_row(node.args[0], *node.args[1:3])
-    return _one_of_slice(node.args[0], node.args[1:]) if node.target is aten.slice.Tensor else None
+        return _one_row(*_args(node)[:3])
+    return _one_of_slice(_args(node)[0], _args(node)[1:]) if node.target is aten.slice.Tensor else None
 
 
 def _scattered_row(node: fx.Node) -> Row | None:
     """The row that a node puts between zeros."""
     if node.target not in (aten.select_scatter.default, aten.slice_scatter.default):
         return None
-    zeros = node.args[0]
+    zeros = _args(node)[0]
     if not (isinstance(zeros, fx.Node) and zeros.target is aten.full.default and zeros.args[1] == 0):
         return None
     if node.target is aten.select_scatter.default:
-        return _one_row(zeros, *node.args[2:4])
-    return _one_of_slice(zeros, node.args[2:])
+        return _one_row(zeros, *_args(node)[2:4])
+    return _one_of_slice(zeros, _args(node)[2:])
 
 
 def _one_row(tensor: object, axis: object, index: object) -> Row | None:
@@ -197,9 +201,10 @@ def _one_row(tensor: object, axis: object, index: object) -> Row | None:
     return Place(axis, 1, shape[axis], 1, index % shape[axis]).row(shape, axis)
 
 
-def _one_of_slice(tensor: object, options: Sequence[object]) -> Row | None:
+def _one_of_slice(tensor: object, options: Sequence[Any]) -> Row | None:
     shape = _shape(tensor)
-    axis, *ends = [*options, *(0, None, None, 1)[len(options) :]]
+    whole: tuple[Any, ...] = (0, None, None, 1)
+    axis, *ends = (*options, *whole[len(options) :])
     if shape is None or not isinstance(axis, int) or any(isinstance(end, fx.Node) for end in ends):
         return None
     indices = range(*slice(*ends).indices(shape[axis]))
@@ -208,22 +213,22 @@ def _one_of_slice(tensor: object, options: Sequence[object]) -> Row | None:
 
 def _needed_rows(node: fx.Node, row: Row) -> dict[fx.Node, Asked] | None:
     """Which rows of its operands one row of a node takes; ``None`` if it cannot be computed by itself."""
-    shape, target = _shape(node), node.target
+    shape, target, args = _shape(node), node.target, _args(node)
     if shape is None:  # several outputs: rows are told by the first
         shape = list(node.meta["val"][0].shape)
     place = row.place(shape)
     if place is None:
         return None
     if target is operator.getitem:
-        whole = node.args[0].meta["val"][0]  # type: ignore[union-attr]
-        own = place.row(whole.shape, place.axis) if isinstance(whole, torch.Tensor) else None
-        return None if own is None else {node.args[0]: own}  # type: ignore[dict-item]
+        whole = args[0].meta["val"][0]
+        needed = place.row(whole.shape, place.axis) if isinstance(whole, torch.Tensor) else None
+        return None if needed is None else {args[0]: needed}
     operands = {operand: _shape(operand) for operand in node.all_input_nodes}
     if None in operands.values() and not _is_pointwise(node):
         return None
     if _is_pointwise(node):
         return {operand: _broadcast_row(place, shape, own or []) for operand, own in operands.items()}
-    first = node.args[1] if target is aten.addmm.default else node.args[0] if node.args else None
+    first = args[1] if target is aten.addmm.default else args[0] if args else None
     if not isinstance(first, fx.Node):
         return None
     own = operands[first]
@@ -233,22 +238,22 @@ def _needed_rows(node: fx.Node, row: Row) -> dict[fx.Node, Asked] | None:
     if target in RESHAPES:
         return {first: row} if row.place(own) is not None else None
     if target is aten.permute.default:
-        axis = int(node.args[1][place.axis]) % len(own)  # type: ignore[index]
+        axis = int(args[1][place.axis]) % len(own)
     elif target in PRODUCTS:
-        bias = operands[node.args[0]] if target is aten.addmm.default else None  # type: ignore[index]
-        if place.axis == len(shape) - 2 and sum(arg is first for arg in node.args) == 1 and len(bias or [1]) == 1:
+        bias = operands[args[0]] if target is aten.addmm.default else None
+        if place.axis == len(shape) - 2 and sum(arg is first for arg in args) == 1 and len(bias or [1]) == 1:
             axis = place.axis
     elif target in REDUCTIONS:
         kept = _kept_axes(node, len(own), len(shape))
         axis = kept[place.axis] if place.axis < len(kept) else None
     elif target in SOFTMAX:
-        axis = None if int(node.args[1]) % len(own) == place.axis else place.axis  # type: ignore[call-overload]
+        axis = None if int(args[1]) % len(own) == place.axis else place.axis
     elif target in SOFTMAX_BACKWARD:
-        if int(node.args[2]) % len(own) == place.axis:  # type: ignore[call-overload]
+        if int(args[2]) % len(own) == place.axis:
             return None
         return {operand: _broadcast_row(place, shape, each or []) for operand, each in operands.items()}
     elif target is ATTENTION:
-        axis = 2 if place == Place(2, 1, own[2], 1, place.index) and _is_plain_attention(node, 3) else None
+        axis = 2 if place == Place(2, 1, own[2], 1, place.index) and _is_plain_attention(node) else None
     if axis is None:
         return None
     needed = place.row(own, axis)
@@ -263,19 +268,18 @@ def _broadcast_row(place: Place, shape: Sequence[int], own: Sequence[int]) -> As
 
 def _kept_axes(node: fx.Node, before: int, after: int) -> list[int | None]:
     """For each dimension of a reduction's result, that of its operand; ``None`` where there were several."""
-    dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-    reduced = {int(dim) % before for dim in dims} if dims else set(range(before))  # type: ignore[union-attr, call-overload]
+    dims: Any = _args(node)[1] if len(node.args) > 1 else node.kwargs.get("dim")
+    reduced = {int(dim) % before for dim in dims} if dims else set(range(before))
     if after == before:
         return [None if axis in reduced else axis for axis in range(before)]
     return [axis for axis in range(before) if axis not in reduced]
 
 
-def _is_plain_attention(node: fx.Node, first_option: int) -> bool:
+def _is_plain_attention(node: fx.Node) -> bool:
     """Whether each query is treated for itself: there is neither a mask, nor causality, nor dropout."""
-    options = {argument.name: argument.default_value for argument in node.target._schema.arguments[first_option:]}  # type: ignore[union-attr]
-    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
-    options |= dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
-    return not options.get("is_causal") and options.get("attn_mask") is None and not options.get("dropout_p")
+    target: Any = node.target
+    given = dict(zip((argument.name for argument in target._schema.arguments), node.args, strict=False)) | node.kwargs
+    return not (given.get("is_causal") or given.get("dropout_p") or given.get("attn_mask") is not None)
 
 
 # --- Which rows -------------------------------------------------------------------------------------------------------
@@ -294,7 +298,7 @@ def _zero_but_one_row(step_graph: StepGraph) -> dict[fx.Node, Row]:
 def _zero_by_operands(node: fx.Node, zero: Mapping[fx.Node, Row]) -> Row | None:
     target, shape = node.target, _shape(node)
     if target is operator.getitem:
-        backward, output = node.args
+        backward, output = _args(node)
         if output == 0 and isinstance(backward, fx.Node) and _narrowed_attention_backward(backward, zero):
             return _query_row(backward, zero)
         return None
@@ -302,19 +306,19 @@ def _zero_by_operands(node: fx.Node, zero: Mapping[fx.Node, Row]) -> Row | None:
         return None
     name = getattr(target, "__name__", "").partition(".")[0]
     if target in (aten.mul.Tensor, aten.mul.Scalar):
-        sources = [operand for operand in node.args if operand in zero][:1]
+        sources = [operand for operand in _args(node) if operand in zero][:1]
     elif target in (aten.add.Tensor, aten.sub.Tensor):
-        sources = list(node.args[:2]) if all(operand in zero for operand in node.args[:2]) else []
+        sources = list(_args(node)[:2]) if all(operand in zero for operand in _args(node)[:2]) else []
     elif (
         target in RESHAPES | COPIES | PRODUCTS - {aten.addmm.default} | SOFTMAX_BACKWARD
         or target in (aten.permute.default, aten.neg.default, aten.div.Tensor, aten.div.Scalar)
         or target in (aten.sum.dim_IntList, aten.mean.dim)
         or (name.endswith("_backward") and _is_pointwise(node))
     ):
-        sources = [operand for operand in node.args[:1] if operand in zero]
+        sources = [operand for operand in _args(node)[:1] if operand in zero]
     else:
         sources = []
-    rows = {_forward_row(node, source, zero[source]) for source in sources}  # type: ignore[arg-type, index]
+    rows = {_forward_row(node, source, zero[source]) for source in sources}
     return rows.pop() if len(rows) == 1 else None
 
 
@@ -333,7 +337,7 @@ def _forward_row(node: fx.Node, operand: fx.Node, row: Row) -> Row | None:
     else:
         axes: list[int | None] = list(range(len(own)))
         if node.target is aten.permute.default:
-            axes = [int(axis) % len(own) for axis in node.args[1]]  # type: ignore[union-attr]
+            axes = [int(axis) % len(own) for axis in _args(node)[1]]
         elif node.target in REDUCTIONS:
             axes = _kept_axes(node, len(own), len(shape))
         found = place.row(shape, axes.index(place.axis)) if place.axis in axes else None
@@ -347,10 +351,10 @@ def _narrowed_attention_backward(node: fx.Node, zero: Mapping[fx.Node, Row]) -> 
 
 
 def _query_row(node: fx.Node, zero: Mapping[fx.Node, Row]) -> Row | None:
-    gradient, query = node.args[:2]
-    row = zero.get(gradient)  # type: ignore[arg-type]
+    gradient, query = _args(node)[:2]
+    row = zero.get(gradient)
     own, shape = _shape(gradient), _shape(query)
-    if row is None or own is None or shape is None or not _is_plain_attention(node, 6):
+    if row is None or own is None or shape is None or not _is_plain_attention(node):
         return None
     place = row.place(own)
     return place.row(shape, 2) if place == Place(2, 1, own[2], 1, row.index) else None
@@ -374,29 +378,29 @@ def _asked_rows(step_graph: StepGraph, zero: Mapping[fx.Node, Row]) -> dict[fx.N
         row = zero.get(node, asked[node])
         needed: Mapping[fx.Node, Asked] | None
         if _scattered_row(node) is not None:
-            needed = {node.args[1]: WHOLE}  # type: ignore[dict-item]
+            needed = {_args(node)[1]: WHOLE}
         elif row is not WHOLE and node.target is operator.getitem and node in zero:
-            needed = {node.args[0]: WHOLE}  # type: ignore[dict-item]
+            needed = {_args(node)[0]: WHOLE}
         elif row is not WHOLE:
             needed = _needed_rows(node, row)
         elif _narrowed_attention_backward(node, zero):
             needed = _of_attention_backward(node, zero)
         else:
             read = _read_row(node)
-            needed = None if read is None else {node.args[0]: read}  # type: ignore[dict-item]
+            needed = None if read is None else {_args(node)[0]: read}
         if needed is None:
             asked[node] = WHOLE
             needed = dict.fromkeys(node.all_input_nodes, WHOLE)
         for operand, wanted in needed.items():
             ask(operand, wanted)
     for node in asked:
-        if node.target is operator.getitem and asked.get(node.args[0]) is WHOLE:  # type: ignore[arg-type]
+        if node.target is operator.getitem and asked.get(_args(node)[0]) is WHOLE:
             asked[node] = WHOLE  # taken from what another output needs whole
     return asked
 
 
 def _of_attention_backward(node: fx.Node, zero: Mapping[fx.Node, Row]) -> dict[fx.Node, Asked]:
-    gradient, query, key, value, out, logsumexp = node.args[:6]
+    gradient, query, key, value, out, logsumexp = _args(node)[:6]
     row = _query_row(node, zero)
     assert row is not None
     needed: dict[fx.Node, Asked] = {}
@@ -405,7 +409,7 @@ def _of_attention_backward(node: fx.Node, zero: Mapping[fx.Node, Row]) -> dict[f
         assert isinstance(operand, fx.Node)
         assert shape is not None
         needed[operand] = Place(2, 1, shape[2], 1, row.index).row(shape, 2)
-    return needed | dict.fromkeys((key, value), WHOLE)  # type: ignore[return-value]
+    return needed | dict.fromkeys((key, value), WHOLE)
 
 
 # --- The rewrite ------------------------------------------------------------------------------------------------------
@@ -441,8 +445,8 @@ class _Rewriter:
                 self._compute(node, row, build)
             elif _narrowed_attention_backward(node, self._zero):
                 self._attention_backward(node, build)
-            elif (read := _read_row(node)) is not None and self._narrow.get(node.args[0]) == read:  # type: ignore[arg-type]
-                new = build.call(aten.reshape.default, self._take(node.args[0], read, build), _shape(node))  # type: ignore[arg-type]
+            elif (read := _read_row(node)) is not None and self._narrow.get(_args(node)[0]) == read:
+                new = build.call(aten.reshape.default, self._take(_args(node)[0], read, build), _shape(node))
                 node.replace_all_uses_with(new)
             else:
                 self._give_whole(node, build)
@@ -453,10 +457,10 @@ class _Rewriter:
             assert shape is not None
             place = row.place(shape)
             assert place is not None
-            new = build.call(aten.reshape.default, node.args[1], place.alone(shape))
+            new = build.call(aten.reshape.default, _args(node)[1], place.alone(shape))
         elif node.target is operator.getitem:
-            parent, output = node.args
-            new = _output(build, self._several[parent], output)  # type: ignore[index, arg-type]
+            parent, output = _args(node)
+            new = _output(build, self._several[parent], output)
         else:
             needed = _needed_rows(node, row)
             assert needed is not None
@@ -471,7 +475,8 @@ class _Rewriter:
                 assert place is not None
                 new = build.call(aten.reshape.default, args[0], place.alone(shape))
             else:
-                new = build.call(node.target, *args, **kwargs)  # type: ignore[arg-type]
+                target: Any = node.target
+                new = build.call(target, *args, **kwargs)
         if shape is None:
             self._several[node] = new
         else:
@@ -479,11 +484,8 @@ class _Rewriter:
 
     def _attention_backward(self, node: fx.Node, build: Builder) -> None:
         needed = _of_attention_backward(node, self._zero)
-        args = [
-            self._take(arg, needed[arg], build) if needed.get(arg) is not WHOLE else arg  # type: ignore[arg-type, call-overload]
-            for arg in node.args[:6]
-        ]
-        new = self._several[node] = build.call(node.target, *args, *node.args[6:], **node.kwargs)  # type: ignore[arg-type]
+        args = [arg if (row := needed[arg]) is WHOLE else self._take(arg, row, build) for arg in _args(node)[:6]]
+        new = self._several[node] = build.call(ATTENTION_BACKWARD, *args, *_args(node)[6:], **node.kwargs)
         for user in list(node.users):
             if user not in self._zero:
                 user.replace_input_with(node, new)
