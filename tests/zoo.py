@@ -33,6 +33,7 @@ class Network:
         context: Makes what the model takes besides the attacked input, from a batch size and a dtype.
         training: The network is attacked in training mode.
         grouped: A convolution has more than one group.
+        reads_one_token: What comes behind its last attention is computed for one token alone.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Network:
     context: Callable[[int, torch.dtype], tuple[Tensor, ...]] = lambda batch, dtype: ()
     training: bool = False
     grouped: bool = False
+    reads_one_token: bool = False
 
     def __str__(self) -> str:
         return self.name
@@ -292,7 +294,7 @@ class VisionTransformer(nn.Module):
         return self.head(self.norm(x)[:, 0])
 
 
-@network(3, 12, 12)
+@network(3, 12, 12, reads_one_token=True)
 def vit() -> nn.Module:
     """Vision transformer: class token, positions, scaled dot product attention."""
     return VisionTransformer()
@@ -324,7 +326,7 @@ def padding_mask(batch: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
     return (torch.where(torch.arange(6) < lengths[:, None], 0.0, -1e4).to(dtype),)
 
 
-@network(6, 8, context=padding_mask)
+@network(6, 8, context=padding_mask, reads_one_token=True)
 def bert() -> nn.Module:
     """BERT attacked at its token embeddings, under an attention mask."""
     return Encoder()

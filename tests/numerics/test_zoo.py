@@ -137,7 +137,11 @@ def check_flops(network: Network, way: Way, report: dict[str, Any]) -> None:
     model = network.build(torch.float64)
     live = eager_flops(step_by_backward(model, network.loss), x, x, y, *context)
     frozen = eager_flops(step_by_backward(model.requires_grad_(False), network.loss), x, x, y, *context)
-    assert sum(report["flops"]["after"].values()) == pytest.approx(frozen, rel=0.01)
+    pruned = sum(report["flops"]["after"].values())
+    if network.reads_one_token:
+        assert frozen / 2 < pruned < 0.9 * frozen
+    else:
+        assert pruned == pytest.approx(frozen, rel=0.01)
     # Of a grouped convolution torch counts too much, see below.
     if way.computes_weight_gradients and not network.grouped:
         assert sum(report["flops"]["before"].values()) == pytest.approx(live, rel=0.01)
