@@ -150,6 +150,7 @@ def test_symbolic_shapes_stay():
     assert str(graph.graph) == before
 
 
+@pytest.mark.inductor
 def test_compiled_step():
     import gradprune
 
