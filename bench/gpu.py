@@ -46,6 +46,9 @@ ROOT = Path(__file__).resolve().parents[1]
 TOGETHER = max(1, (os.cpu_count() or 1) // 2)
 """Parts that compile side by side, by default: each keeps two processors busy."""
 
+SHARING = {"TORCHINDUCTOR_COMPILE_THREADS": "4"}
+"""Environment variables, unless set, of parts that compile side by side."""
+
 BUDGET = 520
 """Seconds of a slice, by default."""
 
@@ -201,8 +204,8 @@ class Day:
         lacks = [name for name in part.needs if not self._has(name)]
         if part.benchmark is not None and part.benchmark not in self._known:
             lacks.append(f"bench {part.benchmark}")
-        named = {OUTPUT: str(self._folder / part.title), LOCK: str(self._folder / "lock")}
-        command = [named.get(word) or word.replace(OUTPUT, named[OUTPUT]) for word in part.command]
+        output, lock = str(self._folder / part.title), str(self._folder / "lock")
+        command = [word.replace(OUTPUT, output).replace(LOCK, lock) for word in part.command]
         if lacks:
             print(f"{part.title}: lacking {', '.join(lacks)}", flush=True)
             return Outcome(part.stage, part.name, command, LACKING, lacks=lacks)
@@ -211,7 +214,8 @@ class Day:
         began, started = time.time(), time.monotonic()
         left = ends - started - GRACE
         log = self._folder / f"{part.title}.log"
-        status = execute([sys.executable, *command], self._environment, log, min(part.limit, left))
+        environment = {**SHARING, **self._environment} if part.shares else self._environment
+        status = execute([sys.executable, *command], environment, log, min(part.limit, left))
         seconds = time.monotonic() - started
         outcome = DONE if status == 0 else FAILED
         if status is None:
@@ -327,7 +331,6 @@ def prepared(
             announce(site)
         paths = [name, str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
-        environment.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "4")  # for each of many processes
         if rehearse:
             environment.update(CUDA_VISIBLE_DEVICES="", GRADPRUNE_GPU_REHEARSE="1")
 

@@ -155,6 +155,15 @@ def _shape(node: object) -> list[int] | None:
     return None if value is None else list(value.shape)
 
 
+def _placed(node: fx.Node, row: Row) -> tuple[list[int], Place]:
+    """The shape of a node that has a row, and where in it that is."""
+    shape = _shape(node)
+    assert shape is not None
+    place = row.place(shape)
+    assert place is not None
+    return shape, place
+
+
 def _args(node: fx.Node) -> tuple[Any, ...]:
     return node.args
 
@@ -226,7 +235,7 @@ def _needed_rows(node: fx.Node, row: Row) -> dict[fx.Node, Asked] | None:
     operands = {operand: _shape(operand) for operand in node.all_input_nodes}
     if None in operands.values() and not _is_pointwise(node):
         return None
-    if _is_pointwise(node):
+    if _is_pointwise(node) or (target in SOFTMAX_BACKWARD and int(args[2]) % len(shape) != place.axis):
         return {operand: _broadcast_row(place, shape, own or []) for operand, own in operands.items()}
     first = args[1] if target is aten.addmm.default else args[0] if args else None
     if not isinstance(first, fx.Node):
@@ -248,10 +257,6 @@ def _needed_rows(node: fx.Node, row: Row) -> dict[fx.Node, Asked] | None:
         axis = kept[place.axis] if place.axis < len(kept) else None
     elif target in SOFTMAX:
         axis = None if int(args[1]) % len(own) == place.axis else place.axis
-    elif target in SOFTMAX_BACKWARD:
-        if int(args[2]) % len(own) == place.axis:
-            return None
-        return {operand: _broadcast_row(place, shape, each or []) for operand, each in operands.items()}
     elif target is ATTENTION:
         axis = 2 if place == Place(2, 1, own[2], 1, place.index) and _is_plain_attention(node) else None
     if axis is None:
@@ -452,15 +457,12 @@ class _Rewriter:
                 self._give_whole(node, build)
 
     def _compute(self, node: fx.Node, row: Row, build: Builder) -> None:
-        shape = _shape(node)
         if _scattered_row(node) is not None:
-            assert shape is not None
-            place = row.place(shape)
-            assert place is not None
+            shape, place = _placed(node, row)
             new = build.call(aten.reshape.default, _args(node)[1], place.alone(shape))
         elif node.target is operator.getitem:
             parent, output = _args(node)
-            new = _output(build, self._several[parent], output)
+            new = _output(self._several[parent], output)
         else:
             needed = _needed_rows(node, row)
             assert needed is not None
@@ -470,14 +472,12 @@ class _Rewriter:
             }
             args, kwargs = fx.map_arg((node.args, node.kwargs), lambda operand: new_of[operand])
             if node.target in RESHAPES:
-                assert shape is not None
-                place = row.place(shape)
-                assert place is not None
+                shape, place = _placed(node, row)
                 new = build.call(aten.reshape.default, args[0], place.alone(shape))
             else:
                 target: Any = node.target
                 new = build.call(target, *args, **kwargs)
-        if shape is None:
+        if tensor_of(node) is None:
             self._several[node] = new
         else:
             self._alone[node, row] = new
@@ -493,10 +493,7 @@ class _Rewriter:
     def _take(self, operand: fx.Node, row: Row, build: Builder) -> fx.Node:
         """The row of an operand by itself."""
         if (operand, row) not in self._alone:
-            shape = _shape(operand)
-            assert shape is not None
-            place = row.place(shape)
-            assert place is not None
+            shape, place = _placed(operand, row)
             source, axis = self._all(operand, build), place.axis
             if place.before * place.after > 1:
                 source, axis = build.call(aten.reshape.default, source, place.apart(shape)), axis + 1
@@ -506,14 +503,11 @@ class _Rewriter:
 
     def _all(self, operand: fx.Node, build: Builder) -> fx.Node:
         """All rows of an operand, with zeros for those that were not computed."""
-        row, shape = self._narrow.get(operand), _shape(operand)
-        if row is None or shape is None:
+        row, value = self._narrow.get(operand), tensor_of(operand)
+        if row is None or value is None:
             return operand
         if operand not in self._whole:
-            place = row.place(shape)
-            assert place is not None
-            value = tensor_of(operand)
-            assert value is not None
+            shape, place = _placed(operand, row)
             kind = {"dtype": value.dtype, "device": value.device, "pin_memory": False}
             zeros = build.call(aten.full.default, place.apart(shape), 0, **kind)
             alone = [*place.apart(shape)]
@@ -529,7 +523,7 @@ class _Rewriter:
                 node.replace_input_with(operand, self._all(operand, build))
 
 
-def _output(build: Builder, parent: fx.Node, output: int) -> fx.Node:
+def _output(parent: fx.Node, output: int) -> fx.Node:
     """One of several outputs."""
     graph = parent.graph
     with graph.inserting_after(parent):
