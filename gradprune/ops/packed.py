@@ -15,6 +15,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from gradprune.torch_compat.lowering import (
     TensorBox,
+    lowering_packed_weight,
     lowering_reordered_weight,
     lowerings,
     mkldnn_ir,
@@ -146,13 +147,14 @@ def _lower_packed_convolution(
     activation: str,
 ) -> Any:
     after: tuple[Any, ...] = (activation, [], "")
-    if transposed:
-        with lowering_reordered_weight():
-            node = mkldnn_ir.ConvolutionTransposeUnary.create(
-                input, weight, bias, padding, output_padding, stride, dilation, groups, *after
-            )
-    else:
-        node = mkldnn_ir.ConvolutionUnary.create(input, weight, bias, padding, stride, dilation, groups, *after)
+    with lowering_packed_weight():
+        if transposed:
+            with lowering_reordered_weight():
+                node = mkldnn_ir.ConvolutionTransposeUnary.create(
+                    input, weight, bias, padding, output_padding, stride, dilation, groups, *after
+                )
+        else:
+            node = mkldnn_ir.ConvolutionUnary.create(input, weight, bias, padding, stride, dilation, groups, *after)
     return TensorBox.create(node)
 
 

@@ -22,6 +22,7 @@ __all__ = [
     "fallback_handler",
     "full",
     "ir",
+    "lowering_packed_weight",
     "lowering_reordered_weight",
     "lowerings",
     "mkldnn_ir",
@@ -29,6 +30,21 @@ __all__ = [
     "register_lowering",
     "to_dtype",
 ]
+
+
+@contextmanager
+def lowering_packed_weight() -> Iterator[None]:
+    """Within it, Inductor takes the weight of a convolution for one that oneDNN has packed.
+
+    With a packed weight, every result has channels-last strides. With a symbolic size Inductor takes no weight for
+    packed, and a result computed from one channel for contiguous, which it then reads in the wrong order.
+    """
+    before = mkldnn_ir.is_contiguous_storage_and_layout
+    mkldnn_ir.is_contiguous_storage_and_layout = lambda x: False
+    try:
+        yield
+    finally:
+        mkldnn_ir.is_contiguous_storage_and_layout = before
 
 
 @contextmanager

@@ -714,6 +714,18 @@ def test_symbolic_batch_is_packed():
         assert relative_error(actual, expected) < TOLERANCE
 
 
+@pytest.mark.inductor
+@pytest.mark.parametrize("forward_only", [True, False])
+def test_one_channel_and_a_symbolic_batch(forward_only: bool):
+    model = nn.Sequential(nn.Conv2d(1, 32, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(32 * 81, 5)).eval()
+    step = torch.no_grad()(lambda x: model(x)) if forward_only else step_of(model)
+    compiled = gradprune.compile(step, forward_only=forward_only, strict=True, check="never")
+    for batch in (4, 7):
+        x = torch.rand(batch, 1, 20, 20)
+        torch._dynamo.mark_dynamic(x, 0)
+        assert relative_error(compiled(x), step(x)) < TOLERANCE
+
+
 def test_symbolic_image_size_is_left_alone():
     x = torch.rand(2, 6, 9, 8)
     torch._dynamo.mark_dynamic(x, 2)
