@@ -123,9 +123,9 @@ class NarrowRows(Pass):
     def run(self, step_graph: StepGraph) -> PassResult:
         """Find such rows, and compute them alone if that makes a contraction smaller."""
         result = PassResult()
-        if not any(_read_row(node) or _scattered_row(node) for node in step_graph.calls()):
+        if not all(_has_fixed_shape(node) for node in step_graph.graph.nodes):  # to compare a symbolic size fixes it
             return result
-        if not all(_has_fixed_shape(node) for node in step_graph.graph.nodes):
+        if not any(_read_row(node) or _scattered_row(node) for node in step_graph.calls()):
             return result
         zero = _zero_but_one_row(step_graph)
         asked = _asked_rows(step_graph, zero)

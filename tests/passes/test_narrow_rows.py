@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import step_by_backward
+from helpers import interpreted, step_by_backward
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pass_testing import apply, aten, captured
@@ -148,6 +148,19 @@ def test_symbolic_shapes_stay():
     before = str(graph.graph)
     assert not NarrowRows().run(graph).changed
     assert str(graph.graph) == before
+
+
+def test_symbolic_batch_stays_one():
+    import gradprune
+
+    model = Transformer(READS["first"])
+    step = gradprune.compile(step_by_backward(model, lambda logits, y: F.cross_entropy(logits, y[:, 0])), strict=True)
+    with interpreted(), torch._dynamo.config.patch(error_on_recompile=True):
+        for batch in (2, 5):
+            x, y = torch.rand(batch, TOKENS, WIDTH), torch.ones(batch, 2, dtype=torch.long)
+            for tensor in (x, y):
+                torch._dynamo.mark_dynamic(tensor, 0)  # an error, should a pass fix it
+            step(x, x, y)
 
 
 @pytest.mark.inductor
