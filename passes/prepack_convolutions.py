@@ -70,7 +70,10 @@ class PrepackConvolutions(Pass):
                 continue
             if convolution_flops(node) < WORTH_FLOPS:
                 continue
-            replacement, how = _replace(convolution)
+            found = _replace(convolution)
+            if found is None:
+                continue
+            replacement, how = found
             if replacement.target is packed_convolution:
                 replacement.meta[DIRECT_FLOPS] = convolution_flops(node)
             # Strides in the metadata stay those of the trace, for the views further on; Inductor knows better.
@@ -153,13 +156,15 @@ def is_computed_by_onednn(dtype: torch.dtype) -> bool:
     return dtype is torch.float32
 
 
-def _replace(convolution: Convolution) -> tuple[fx.Node, str]:
-    """The node that takes the place of a convolution, and how it computes it."""
+def _replace(convolution: Convolution) -> tuple[fx.Node, str] | None:
+    """The node that takes the place of a convolution, and how it computes it; ``None`` if it stays."""
     if convolution.transposed:
         if _is_image_gradient(convolution):
             return _by_blocks(convolution), "computed for blocks of pixels, weight packed once per attack"
         if _has_plain_counterpart(convolution):
             return _flipped(convolution), "plain convolution with the flipped weight, packed once per attack"
+        if not isinstance(convolution.size[0], int):
+            return None  # Inductor's kernel for it would be compiled for this batch alone
     return _packed(convolution), "weight packed once per attack"
 
 

@@ -1,19 +1,20 @@
 """The functions that are compiled: gradient and logits of one model, for batches of a few sizes.
 
 Note [Sizes]: a compiled step is specialised to the size of its batch, and compiling another takes as long as the first.
-So only two sizes are asked for: the largest batch seen so far, and a sixth of it, or a quarter on a GPU, which small
-batches leave idle. Any number of rows is cut into these, and the last piece is filled up with copies of its first row,
-which costs less than the smaller size. What comes ``OFTEN`` times, such as the samples that withstand most of Square's
-queries, gets a size of its own, up to ``OWN`` of them. That makes it possible for samples to leave an attack that is
-over for them, and for the last batch of a data set to be a smaller one. It requires that samples do not see each other,
-which batch norm in training mode breaks: then a batch is computed as it is.
+So the largest batch seen so far has a compilation of its own, and all others share one, on a CPU with a symbolic size,
+which takes no longer to compute there. For a single row, and for fewer than ``FEW`` of a larger batch, torch would
+compile it anew; these are filled up with copies of the first row, the latter until they have come ``OFTEN`` times, such
+as the samples that withstand most of Square's queries. On a GPU, where layouts are chosen for known sizes only, all
+others are cut into quarters of the largest, and so is what is compiled in the background or fixes the size of its
+batch. That makes it possible for samples to leave an attack that is over for them, and for the last batch of a data set
+to be a smaller one. It requires that samples do not see each other, which batch norm in training mode breaks: then a
+batch is computed as it is.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from types import FunctionType
 from typing import Any
@@ -22,18 +23,27 @@ import torch
 from torch import Tensor, nn
 
 from gradprune.backend import compile as compile_step
+from gradprune.torch_compat import dynamo
 
 Answer = tuple[Tensor, Tensor, Tensor]
 """Losses ``(N,)``, logits ``(N, classes)`` and the gradient of the sum of the losses, shaped like the inputs."""
 
 Model = Callable[[Tensor], Tensor]
 
-PARTS, PARTS_ON_GPU = 6, 4
-SMALLEST = 4
-"""Rows of the smaller size, at least: kernels for a single row are slow ones."""
+PARTS = 4
+"""Into how many small batches the largest is cut."""
 
-OFTEN, OWN = 1000, 2
-"""A number of rows that is computed in parts so many times is compiled for; how many such sizes there may be."""
+SMALLEST = 4
+"""Rows of a small batch, at least: kernels for a single row are slow ones."""
+
+FEW = 16
+"""Rows from which on torch chooses another kernel for some convolutions: one graph is not for more and for fewer."""
+
+ANY = 0
+"""Stands for any size."""
+
+OFTEN = 200
+"""How often fewer rows are filled up before they are compiled for."""
 
 
 def gradient_function(loss: Callable[..., Tensor], autocast: torch.dtype | None) -> Any:
@@ -64,10 +74,9 @@ def logits_function(autocast: torch.dtype | None) -> Any:
     return logits
 
 
-def small_size(largest: int, device: torch.device) -> int:
-    """The other size beside ``largest``, see Note [Sizes]."""
-    parts = PARTS if device.type == "cpu" else PARTS_ON_GPU
-    return min(largest, max(-(-largest // parts), SMALLEST))
+def small_size(largest: int) -> int:
+    """The other size beside ``largest`` where sizes are not symbolic, see Note [Sizes]."""
+    return min(largest, max(-(-largest // PARTS), SMALLEST))
 
 
 class Sized:
@@ -75,18 +84,24 @@ class Sized:
 
     It does not hold on to the model, so that it can be kept for as long as the model lives.
 
-    Attributes:
-        compilations: How many sizes have been compiled.
+    Args:
+        function: The function.
+        compile_one: Compiles it for one size; ``None`` leaves it as it is.
+        compile_any: Compiles it for any size, if that is possible.
     """
 
-    def __init__(self, function: Any, compile_one: Callable[[Any], Any] | None) -> None:
+    def __init__(
+        self,
+        function: Any,
+        compile_one: Callable[[Any], Any] | None,
+        compile_any: Callable[[Any], Any] | None = None,
+    ) -> None:
         self._function = function
         self._compile_one = compile_one
+        self._compile_any = compile_any
         self._largest = 0
         self._compiled: dict[int, Any] = {}
-        self._in_parts: Counter[int] = Counter()
-        self._own: list[int] = []
-        self.compilations = 0
+        self._few = 0
 
     def __call__(
         self, model: Model, x: Tensor, *others: Tensor, separable: bool = True, batch: int | None = None
@@ -105,40 +120,51 @@ class Sized:
         if not separable:
             return self.of_size(len(x))(model, x, *others)
         self._largest = max(self._largest, batch or len(x))
-        pieces = [
-            self.padded(size, model, x[begin:end], *(rows_of(other, begin, end) for other in others))
-            for size, begin, end in self._cuts(len(x), small_size(self._largest, x.device))
-        ]
+        try:
+            return self._in_pieces(model, x, *others)
+        except dynamo.SIZE_IS_FIXED:
+            if self._compile_any is None:
+                raise
+            self._compile_any, _ = None, self._compiled.pop(ANY, None)
+            return self._in_pieces(model, x, *others)
+
+    def _in_pieces(self, model: Model, x: Tensor, *others: Tensor) -> Any:
+        pieces, begin = [], 0
+        while begin < len(x):
+            size = self._next_size(len(x) - begin)
+            end = min(begin + size, len(x))
+            pieces.append(self.padded(size, model, x[begin:end], *(rows_of(one, begin, end) for one in others)))
+            begin = end
         return joined(pieces)
 
-    def _cuts(self, rows: int, small: int) -> list[tuple[int, int, int]]:
-        """How ``rows`` rows are cut: size computed, first row, row behind the last."""
-        parts = list(self._parts(rows, small))
-        own = min((size for size in self._own if size >= rows), default=0)
-        if own and own < sum(size for size, *_ in parts):
-            return [(own, 0, rows)]
-        if rows not in (small, self._largest) and rows < self._largest:
-            self._in_parts[rows] += 1
-            if self._in_parts[rows] == OFTEN and len(self._own) < OWN:
-                self._own.append(rows)
-        return parts
-
-    def _parts(self, rows: int, small: int) -> Iterator[tuple[int, int, int]]:
-        """The same without sizes of their own."""
-        begin = 0
-        while begin < rows:
-            left = rows - begin
-            size = small if -(-left // small) * small < self._largest else self._largest
-            yield size, begin, begin + min(size, left)
-            begin += size
+    def _next_size(self, rows: int) -> int:
+        """The size to compute the first of ``rows`` rows in."""
+        if rows >= self._largest:
+            return self._largest
+        if self._compile_any is None:
+            small = small_size(self._largest)
+            return small if -(-rows // small) * small < self._largest else self._largest
+        if rows < FEW < self._largest and self._few < OFTEN:
+            self._few += 1
+            return FEW
+        return max(rows, 2)
 
     def padded(self, size: int, model: Model, x: Tensor, *others: Tensor) -> Any:
         """Call the function that is compiled for ``size`` rows on that many or fewer."""
         rows = len(x)
-        result = self.of_size(size)(model, *(filled(value, size - rows) for value in (x, *others)))
+        values = [filled(value, size - rows) for value in (x, *others)]
+        if self._compile_any is not None and size < self._largest:
+            result = self._of_any_size()(model, *(dynamo.with_symbolic_batch(value) for value in values))
+        else:
+            result = self.of_size(size)(model, *values)
         if rows == size:
             return result
         return result[:rows] if isinstance(result, Tensor) else tuple(part[:rows] for part in result)
+
+    @property
+    def compilations(self) -> int:
+        """How many sizes have been compiled."""
+        return len(self._compiled)
 
     @property
     def compiled(self) -> list[Any]:
@@ -147,14 +173,18 @@ class Sized:
 
     def of_size(self, size: int) -> Any:
         """The function for so many rows, compiled if it has not been."""
-        if self._compile_one is None:
-            return self._function
+        return self._function if self._compile_one is None else self._of(size, self._compile_one)
+
+    def _of_any_size(self) -> Any:
+        assert self._compile_any is not None
+        return self._of(ANY, self._compile_any)
+
+    def _of(self, size: int, compile: Callable[[Any], Any]) -> Any:
         if size not in self._compiled:
             plain = self._function
             # Dynamo allows a few compilations for each code object, so each size has one of its own.
             own = FunctionType(plain.__code__.replace(), plain.__globals__, plain.__name__, closure=plain.__closure__)
-            self._compiled[size] = self._compile_one(own)
-            self.compilations += 1
+            self._compiled[size] = compile(own)
         return self._compiled[size]
 
 
@@ -224,9 +254,10 @@ _functions_of: dict[int, Functions] = {}
 """By the identity of a model that is alive."""
 
 
-def compiler(options: dict[str, Any], *, forward_only: bool = False) -> Callable[[Any], Any]:
-    """What compiles a function with gradprune, for one size."""
-    return lambda function: compile_step(function, dynamic=False, **{**options, "forward_only": forward_only})
+def compiler(options: dict[str, Any], *, forward_only: bool = False, any_size: bool = False) -> Callable[[Any], Any]:
+    """What compiles a function with gradprune, for one size or for what is marked as symbolic."""
+    dynamic = None if any_size else False
+    return lambda function: compile_step(function, dynamic=dynamic, **{**options, "forward_only": forward_only})
 
 
 def original(model: Any) -> Any:

@@ -144,7 +144,7 @@ class Query:
         key = "logits", *self._key(x)
 
         def make() -> Sized:
-            return self._sized(logits_function(self.runtime.autocast), forward_only=True)
+            return self._sized(logits_function(self.runtime.autocast), x.device, forward_only=True)
 
         function = self._functions.get(key, make)
         return function(self._model, x, separable=self.separable, batch=self._batch)  # type: ignore[no-any-return]
@@ -174,16 +174,21 @@ class Query:
     def _call(self, key: Any, loss: Callable[..., Tensor], x: Tensor, *others: Tensor) -> Answer:
 
         def make() -> Sized:
-            return self._sized(gradient_function(loss, self.runtime.autocast))
+            return self._sized(gradient_function(loss, self.runtime.autocast), x.device)
 
         function = self._functions.get((key, *self._key(x)), make)
         return function(self._model, x, *others, separable=self.separable, batch=self._batch)  # type: ignore[no-any-return]
 
-    def _sized(self, function: Any, *, forward_only: bool = False) -> Sized:
+    def _sized(self, function: Any, device: torch.device, *, forward_only: bool = False) -> Sized:
+        options = self.runtime.options
         if not self.runtime.compile:
             return Sized(function, None)
-        compile_one = compiler(self.runtime.options, forward_only=forward_only)
-        return (Measured if self.runtime.compile == "auto" else Sized)(function, compile_one)
+        compile_one = compiler(options, forward_only=forward_only)
+        if self.runtime.compile == "auto":
+            return Measured(function, compile_one)
+        has_symbolic_sizes = device.type == "cpu" and not Options.parse(options).background
+        compile_any = compiler(options, forward_only=forward_only, any_size=True)
+        return Sized(function, compile_one, compile_any if has_symbolic_sizes else None)
 
     def _key(self, x: Tensor) -> tuple[Any, ...]:
         """What a compiled function is specialised to, apart from the size of the batch."""

@@ -19,14 +19,22 @@ import torch._dynamo.config as dynamo_config
 from torch import fx
 from torch._C._dynamo.eval_frame import reset_code
 from torch._dynamo.callback import callback_handler
-from torch._dynamo.exc import BackendCompilerFailed, RestartAnalysis, TorchDynamoException, Unsupported
+from torch._dynamo.exc import (
+    BackendCompilerFailed,
+    RestartAnalysis,
+    TorchDynamoException,
+    Unsupported,
+    UserError,
+)
 from torch._dynamo.output_graph import graph_break_reasons  # type: ignore[attr-defined]
 from torch._dynamo.source import AttrSource, GradSource, is_from_unspecialized_nn_module_source
 from torch._dynamo.symbolic_convert import SpeculationLog
 from torch._dynamo.utils import counters
 from torch._logging._internal import LazyTraceHandler, trace_log, trace_structured
+from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
 
 __all__ = [
+    "SIZE_IS_FIXED",
     "TRACED_FLAGS",
     "TRACES_REQUIRES_GRAD",
     "LeftOut",
@@ -54,7 +62,11 @@ __all__ = [
     "scope_to_backend",
     "source_name",
     "trace_artifact",
+    "with_symbolic_batch",
 ]
+
+SIZE_IS_FIXED = (ConstraintViolationError, UserError)
+"""What is raised where a size that was to be symbolic is fixed by what is traced."""
 
 
 def is_failure(error: Exception) -> bool:
@@ -440,6 +452,14 @@ def _compile_wrapper(function: Any) -> Any:
         if isinstance(candidate, torch._TorchCompileWrapper):
             return candidate
     return None
+
+
+def with_symbolic_batch(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, of which Dynamo takes the first size for a symbol; a number stays what it is."""
+    if tensor.ndim:
+        tensor = tensor.detach()  # the mark is on a tensor of ours
+        torch._dynamo.mark_dynamic(tensor, 0)
+    return tensor
 
 
 def trace_artifact(name: str, encoding: str, payload: Callable[[], str]) -> None:

@@ -39,12 +39,13 @@ def lowering_packed_weight() -> Iterator[None]:
     With a packed weight, every result has channels-last strides. With a symbolic size Inductor takes no weight for
     packed, and a result computed from one channel for contiguous, which it then reads in the wrong order.
     """
-    before = mkldnn_ir.is_contiguous_storage_and_layout
-    mkldnn_ir.is_contiguous_storage_and_layout = lambda x: False
+    names, name = vars(mkldnn_ir), "is_contiguous_storage_and_layout"
+    before = names[name]
+    names[name] = lambda x: False
     try:
         yield
     finally:
-        mkldnn_ir.is_contiguous_storage_and_layout = before
+        names[name] = before
 
 
 @contextmanager

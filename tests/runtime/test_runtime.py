@@ -22,7 +22,7 @@ import gradprune
 from gradprune.attacks import FGSM, PGD, Runtime, Square
 from gradprune.compiler.hoisted_step import HoistedStep, _steps
 from gradprune.runtime import functions
-from gradprune.runtime.functions import Functions, Sized, small_size
+from gradprune.runtime.functions import FEW, Functions, Sized, small_size
 
 EAGER = Runtime(compile=False)
 
@@ -62,55 +62,73 @@ def steps() -> Callable[[], list[HoistedStep]]:
 # --- Sizes ------------------------------------------------------------------------------------------------------------
 
 
-@given(rows=st.lists(st.integers(1, 70), min_size=1, max_size=6))
-def test_any_number_of_rows_is_computed_in_two_sizes(rows: list[int]):
-    seen: list[int] = []
+def double(seen: list[int]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """A function of rows, which notes how many it is given."""
 
-    def double(model: Any, x: Tensor, scale: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    def function(model: Any, x: Tensor, scale: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
         seen.append(len(x))
         assert len(other) == len(x)
         return x * scale, other.clone()
 
-    function = Sized(double, lambda plain: plain)
-    largest = max(rows)
+    return function
+
+
+def computed(function: Sized, seen: list[int], rows: int) -> list[int]:
+    """How many rows at a time are computed of ``rows``."""
+    x, other = torch.arange(float(rows))[:, None], torch.arange(rows)
+    seen.clear()
+    doubled, same = function(None, x, torch.tensor(2.0), other)
+    assert torch.equal(doubled, 2 * x)
+    assert torch.equal(same, other)
+    return list(seen)
+
+
+ROWS = st.lists(st.integers(1, 70), min_size=1, max_size=6)
+
+
+@given(rows=ROWS)
+def test_any_number_of_rows_is_computed_in_two_sizes(rows: list[int]):
+    seen: list[int] = []
+    function, largest = Sized(double(seen), lambda plain: plain), max(rows)
     for count in [largest, *rows]:
-        x, other = torch.arange(float(count))[:, None], torch.arange(count)
-        seen.clear()
-        doubled, same = function(None, x, torch.tensor(2.0), other)
-        assert torch.equal(doubled, 2 * x)
-        assert torch.equal(same, other)
-        small = small_size(largest, torch.device("cpu"))
-        assert set(seen) <= {largest, small}
-        assert sum(seen) < count + small
+        sizes, small = computed(function, seen, count), small_size(largest)
+        assert set(sizes) <= {largest, small}
+        assert sum(sizes) < count + small
     assert function.compilations <= 2
 
 
-def test_what_comes_often_gets_a_size_of_its_own(monkeypatch: pytest.MonkeyPatch):
+@given(rows=ROWS)
+def test_any_number_of_rows_is_computed_as_it_is_with_a_symbolic_size(rows: list[int]):
+    seen: list[int] = []
+    function, largest = Sized(double(seen), lambda plain: plain, lambda plain: plain), max(rows)
+    for count in [largest, *rows]:
+        least = 1 if count == largest else FEW if largest > FEW else 2
+        assert computed(function, seen, count) == [max(count, least)]
+    assert function.compilations <= 2
+
+
+def test_few_rows_are_compiled_for_when_they_come_often(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(functions, "OFTEN", 3)
     seen: list[int] = []
+    function = Sized(double(seen), lambda plain: plain, lambda plain: plain)
+    assert computed(function, seen, 64) == [64]
+    assert [computed(function, seen, 5) for _ in range(4)] == [[FEW]] * 3 + [[5]]
+    assert computed(function, seen, 1) == [2]
 
-    def double(model: Any, x: Tensor) -> Tensor:
-        seen.append(len(x))
-        return 2 * x
 
-    function = Sized(double, lambda plain: plain)
+@pytest.mark.parametrize("fixes_its_batch", [False, True])
+def test_compiled_for_any_number_of_rows(no_code: None, fixes_its_batch: bool):
+    class Net(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            rows = [x[i] for i in range(x.shape[0])] if fixes_its_batch else x
+            return 2 * (torch.stack(rows) if isinstance(rows, list) else rows).flatten(1)
 
-    def computed(rows: int) -> list[int]:
-        seen.clear()
-        x = torch.arange(float(rows))[:, None]
-        assert torch.equal(function(None, x), 2 * x)
-        return list(seen)
-
-    assert computed(64) == [64]
-    assert [computed(23) for _ in range(4)] == [[11, 11, 11]] * 3 + [[23]]
-    assert computed(22) == [11, 11]  # fewer rows than if it was filled up
-    assert computed(21) == [11, 11]
-    assert computed(12) == [11, 11]
-    for rows in (30, 30, 30, 40, 40, 40):
-        computed(rows)
-    assert computed(30) == [30]
-    assert computed(40) == [11, 11, 11, 11]  # no more sizes than two
-    assert function.compilations == 4
+    model = Net()
+    with Runtime().attack(model, torch.rand(40, 1, 2, 2)) as query:
+        for rows in (40, 30, 20, 17, 3, 1):
+            x = torch.rand(rows, 1, 2, 2)
+            torch.testing.assert_close(query.logits(x), 2 * x.flatten(1))
+    assert compilations(model) == 2
 
 
 def test_rows_that_see_each_other_are_computed_together():
