@@ -13,6 +13,8 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from gradprune.graph.step_graph import is_random
+
 from .base import Change
 
 
@@ -20,11 +22,11 @@ def is_removable(node: fx.Node) -> bool:
     """Whether a node may be erased once nobody uses it."""
     if node.op == "get_attr":
         return True
-    if node.op != "call_function" or node.is_impure():
+    if node.op != "call_function" or node.is_impure(impure_random=False):
         return False
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
-        return not target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in target.tags
+        return not target._schema.is_mutable and not is_random(node)
     return not isinstance(target, torch._ops.HigherOrderOperator)
 
 

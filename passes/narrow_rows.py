@@ -29,7 +29,7 @@ from gradprune.graph.build import Builder
 from gradprune.graph.step_graph import StepGraph, tensor_of
 
 from .base import Change, Pass, PassResult, Tier
-from .dce import eliminate_dead_code, is_removable
+from .dce import eliminate_dead_code
 
 aten = torch.ops.aten
 
@@ -139,10 +139,6 @@ class NarrowRows(Pass):
         result.narrowed += [Change.at(node, "only one row of it is read, or is not zero") for node in changes]
         rewriter = _Rewriter(narrow, zero)
         rewriter.run(step_graph)
-        result.removed += eliminate_dead_code(step_graph.graph)
-        for node in rewriter.replaced:  # attention, which could draw random numbers, is not erased as dead code
-            if not node.users and not is_removable(node):
-                step_graph.graph.erase_node(node)
         result.removed += eliminate_dead_code(step_graph.graph)
         return result
 
@@ -426,16 +422,12 @@ class _Rewriter:
     Args:
         narrow: Nodes that are computed for one row.
         zero: Those of them, and others, that are zero elsewhere.
-
-    Attributes:
-        replaced: Operators with several outputs in whose place there is another one.
     """
 
     def __init__(self, narrow: Mapping[fx.Node, Row], zero: Mapping[fx.Node, Row]) -> None:
         self._narrow, self._zero = narrow, zero
         self._alone: dict[tuple[fx.Node, Row], fx.Node] = {}
         self._several: dict[fx.Node, fx.Node] = {}
-        self.replaced = self._several.keys()
         self._whole: dict[fx.Node, fx.Node] = {}
 
     def run(self, step_graph: StepGraph) -> None:
@@ -459,7 +451,7 @@ class _Rewriter:
     def _compute(self, node: fx.Node, row: Row, build: Builder) -> None:
         if _scattered_row(node) is not None:
             shape, place = _placed(node, row)
-            new = build.call(aten.reshape.default, _args(node)[1], place.alone(shape))
+            new = build.call(aten.reshape.default, self._all(_args(node)[1], build), place.alone(shape))
         elif node.target is operator.getitem:
             parent, output = _args(node)
             new = _output(self._several[parent], output)

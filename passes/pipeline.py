@@ -16,7 +16,9 @@ from gradprune.errors import PassError
 from gradprune.graph.captured_graph import CapturedGraph
 from gradprune.graph.step_graph import StepGraph
 
+from .attention_by_products import AttentionByProducts
 from .base import Pass, PassResult, Stage, Tier
+from .blocked_image_gradients import blocked_image_gradients
 from .channels_last_weights import channels_last_weights
 from .dgrad_as_convolution import dgrad_as_convolution
 from .early_masks import EarlyMasks
@@ -38,11 +40,13 @@ PIPELINE: tuple[Pass, ...] = (
     FoldBatchNorm(),
     SelectOutputs(),
     NarrowOutputs(),
+    AttentionByProducts(),
     NarrowRows(),
     dgrad_as_convolution,
     shape_only_operands,
     GatherMaxPool(),
     EarlyMasks(),
+    blocked_image_gradients,
     channels_last_weights,
     winograd_convolutions,
     PrepackConvolutions(),

@@ -21,7 +21,8 @@ step only. Reorders float.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ from gradprune.graph.cost import DIRECT_FLOPS, convolution_flops
 from gradprune.graph.invariance import invariant_nodes
 from gradprune.graph.step_graph import StepGraph, tensor_of
 from gradprune.ops import pack_convolution, packed_convolution, realize, subpixel_weight
-from gradprune.ops.subpixel import subpixel
+from gradprune.ops.subpixel import Subpixel, subpixel
 from gradprune.ops.winograd import winograd_convolution
 from gradprune.torch_compat.aot import size_hint
 
@@ -110,15 +111,19 @@ class Convolution:
     @staticmethod
     def of(node: fx.Node) -> Convolution | None:
         """``None`` if oneDNN cannot compute it with a packed weight."""
-        operands = [tensor_of(n) for n in (node.args[0], node.args[1], node)]  # type: ignore[arg-type]
-        if any(value is None or value.device.type != "cpu" for value in operands):
+        x = tensor_of(node.args[0])  # type: ignore[arg-type]
+        if x is None or x.device.type != "cpu" or not is_computed_by_onednn(x.dtype):
             return None
-        x, weight, out = operands
-        assert x is not None
-        assert weight is not None
-        assert out is not None
+        return Convolution.on_any_device(node)
+
+    @staticmethod
+    def on_any_device(node: fx.Node) -> Convolution | None:
+        """``None`` if it is not one of two or three dimensions, whose sizes are known but for the batch."""
+        x, weight, out = (tensor_of(n) for n in (node.args[0], node.args[1], node))  # type: ignore[arg-type]
+        if x is None or weight is None or out is None or x.device != weight.device or x.dtype != weight.dtype:
+            return None
         rank = weight.dim() - 2
-        if rank not in (2, 3) or x.dtype != weight.dtype or not is_computed_by_onednn(x.dtype):
+        if rank not in (2, 3):
             return None
         if not all(isinstance(size, int) for size in (*weight.shape, *x.shape[1:], *out.shape[1:])):
             return None
@@ -159,7 +164,7 @@ def is_computed_by_onednn(dtype: torch.dtype) -> bool:
 def _replace(convolution: Convolution) -> tuple[fx.Node, str] | None:
     """The node that takes the place of a convolution, and how it computes it; ``None`` if it stays."""
     if convolution.transposed:
-        if _is_image_gradient(convolution):
+        if is_image_gradient(convolution):
             return _by_blocks(convolution), "computed for blocks of pixels, weight packed once per attack"
         if _has_plain_counterpart(convolution):
             return _flipped(convolution), "plain convolution with the flipped weight, packed once per attack"
@@ -206,9 +211,11 @@ def _flipped(c: Convolution) -> fx.Node:
 # --- Input gradients of images ----------------------------------------------------------------------------------------
 
 
-def _is_image_gradient(c: Convolution) -> bool:
+def is_image_gradient(c: Convolution) -> bool:
+    """Whether it is a transposed convolution to few channels that can be computed for blocks of pixels."""
     return (
-        len(c.kernel) == 2
+        c.transposed
+        and len(c.kernel) == 2
         and c.groups == 1
         and c.bias is None
         and c.out_size[1] <= FEW_CHANNELS
@@ -221,18 +228,31 @@ def _is_image_gradient(c: Convolution) -> bool:
 
 
 def _by_blocks(c: Convolution) -> fx.Node:
-    build = Builder(c.node)
+    def convolve(build: Builder, weight: fx.Node, step: int, padding: int) -> fx.Node:
+        geometry = ([step, step], [padding, padding], [1, 1], False, [0, 0], 1)
+        packed = build.call(pack_convolution, weight, *geometry, [size_hint(size) for size in c.size])
+        return build.call(packed_convolution, c.input, packed, None, *geometry, "none")
+
+    # At least 12 output channels, most of a vector register.
+    return by_blocks(c, 4 if c.out_size[1] == 1 else 2, Builder(c.node), convolve)
+
+
+def by_blocks(
+    c: Convolution, side: int, build: Builder, convolve: Callable[[Builder, fx.Node, int, int], fx.Node]
+) -> fx.Node:
+    """Compute an image gradient for blocks of pixels.
+
+    Args:
+        c: The transposed convolution.
+        side: Pixels of a block, see ``subpixel``.
+        build: Inserts what is called.
+        convolve: Inserts a convolution of its input with a weight, by step and padding.
+    """
     stride, padding, channels = c.stride[0], c.padding[0], c.out_size[1]
-    rows, columns = (
-        subpixel(c.kernel[0], stride, padding, c.out_size[2 + k], c.size[2 + k], channels) for k in range(2)
-    )
-    lowest = min(rows.lowest, columns.lowest)
-    reach = max(rows.lowest + rows.reach, columns.lowest + columns.reach) - lowest
-    block, step = rows.block, rows.step
-    weight = build.call(subpixel_weight, c.weight, stride, padding, block, lowest, reach)
-    geometry = ([step, step], [-lowest, -lowest], [1, 1], False, [0, 0], 1)
-    weight = build.call(pack_convolution, weight, *geometry, [size_hint(size) for size in c.size])
-    value = build.call(packed_convolution, c.input, weight, None, *geometry, "none")
+    rows, columns = blocks_of(c, side)
+    block = rows.block
+    weight = build.call(subpixel_weight, c.weight, stride, padding, block, rows.lowest, rows.reach)
+    value = convolve(build, weight, rows.step, -rows.lowest)
     value.meta[DIRECT_FLOPS] = convolution_flops(c.node)
     value = build.call(aten.slice.Tensor, value, 2, 0, rows.blocks)
     value = build.call(aten.slice.Tensor, value, 3, 0, columns.blocks)
@@ -243,6 +263,16 @@ def _by_blocks(c: Convolution) -> fx.Node:
     value = build.call(aten.slice.Tensor, value, 3, 0, c.out_size[3])
     # Stored, because Inductor cannot index through these views in turn, as the backward of an average pool would.
     return build.call(realize, build.call(aten.clone.default, value))
+
+
+def blocks_of(c: Convolution, side: int) -> tuple[Subpixel, Subpixel]:
+    """The geometry of both dimensions of an image gradient, which read the same positions relative to a block."""
+    rows, columns = (
+        subpixel(c.kernel[0], c.stride[0], c.padding[0], c.out_size[2 + k], c.size[2 + k], side) for k in range(2)
+    )
+    lowest = min(rows.lowest, columns.lowest)
+    reach = max(rows.lowest + rows.reach, columns.lowest + columns.reach) - lowest
+    return replace(rows, lowest=lowest, reach=reach), replace(columns, lowest=lowest, reach=reach)
 
 
 # --- ReLU -------------------------------------------------------------------------------------------------------------

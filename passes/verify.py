@@ -11,7 +11,7 @@ from torch import fx
 from torch.utils._pytree import tree_map
 
 from gradprune.errors import PassError
-from gradprune.graph.step_graph import OutputRole, StepGraph, overload_name, tensor_of
+from gradprune.graph.step_graph import OutputRole, StepGraph, is_random, overload_name, tensor_of
 from gradprune.torch_compat.aot import FakeTensorMode
 
 
@@ -84,11 +84,7 @@ def _signature(value: object) -> object:
 
 
 def _random_operators(step_graph: StepGraph) -> list[str]:
-    return [
-        overload_name(node)
-        for node in step_graph.calls()
-        if isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
-    ]
+    return [overload_name(node) for node in step_graph.calls() if is_random(node)]
 
 
 def _well_formed(step_graph: StepGraph) -> None:

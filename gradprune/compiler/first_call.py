@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, fx
 
 from gradprune.graph.editing import copy_graph
-from gradprune.graph.step_graph import InputRole, OutputRole, set_outputs
+from gradprune.graph.step_graph import InputRole, OutputRole, is_random, set_outputs
 from gradprune.torch_compat import aot, dynamo
 
 from .events import Fallback
@@ -313,23 +313,13 @@ def unrepeatable(graph: fx.Graph) -> str:
     for node in (node for one in graphs for node in one.nodes if node.op == "call_function"):
         target = node.target
         if isinstance(target, torch._ops.OpOverload):
-            if torch.Tag.nondeterministic_seeded in target.tags and not _drops_nothing(node):
+            if is_random(node):
                 return f"{target} is random"
             if "c10d" in target.namespace:
                 return f"{target} talks to other processes"
         elif getattr(target, "__name__", "") in ("with_effects", "run_and_save_rng_state", "run_with_rng_state"):
             return "an operator has effects"
     return ""
-
-
-def _drops_nothing(node: fx.Node) -> bool:
-    """Whether an operator that may drop out values, such as attention, drops none here."""
-    schema = node.target._schema  # type: ignore[union-attr]
-    for position, argument in enumerate(schema.arguments):
-        if argument.name == "dropout_p":
-            value = node.args[position] if position < len(node.args) else node.kwargs.get("dropout_p", 0.0)
-            return bool(value == 0)
-    return False
 
 
 def written_inputs(graph: fx.Graph) -> tuple[set[int], str]:

@@ -7,7 +7,7 @@ from torch import fx
 
 from .liveness import is_view
 from .regions import weight_only_nodes
-from .step_graph import InputRole, OutputRole, StepGraph, tensor_of
+from .step_graph import InputRole, OutputRole, StepGraph, is_random, tensor_of
 
 
 def invariant_nodes(step_graph: StepGraph) -> set[fx.Node]:
@@ -71,7 +71,7 @@ def _is_pure(node: fx.Node) -> bool:
         return True
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
-        return not target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in target.tags
+        return not target._schema.is_mutable and not is_random(node)
     return not isinstance(target, torch._ops.HigherOrderOperator) and not node.is_impure()
 
 

@@ -104,6 +104,18 @@ def tensor_of(node: fx.Node) -> torch.Tensor | None:
     return value if isinstance(value, torch.Tensor) else None
 
 
+def is_random(node: fx.Node) -> bool:
+    """Whether a call draws random numbers; one that may drop out values, such as attention, may drop none."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in target.tags:
+        return False
+    for position, argument in enumerate(target._schema.arguments):
+        if argument.name == "dropout_p":
+            value = node.args[position] if position < len(node.args) else node.kwargs.get("dropout_p", 0.0)
+            return bool(value != 0)
+    return True
+
+
 def overload_name(node: fx.Node) -> str:
     """Operator of a call node as users write it, ``aten.convolution_backward`` for example."""
     target = node.target

@@ -1,8 +1,8 @@
 """Which of two kernels is faster on this machine: measured once, remembered, and the same answer ever after.
 
 What is the fastest kernel for a shape depends on the processor, the number of threads and the BLAS that torch was built
-with. Asked for the first time, both are timed; the answer is kept in Inductor's cache folder, so that later processes
-compile the same graph, round the same way and find it in the cache.
+with; on a GPU, on its libraries and on how they may round. Asked for the first time, both are timed; the answer is kept
+in Inductor's cache folder, so that later processes compile the same graph, round the same way and find it in the cache.
 """
 
 from __future__ import annotations
@@ -29,6 +29,11 @@ MARGIN = 1.1
 
 TRIES = 7
 
+TOGETHER = 10
+"""Calls that are timed together on a GPU, which does the first of them while it is told of the others."""
+
+CPU = torch.device("cpu")
+
 _answers: dict[str, bool] = {}
 
 _unmeasured: ContextVar[list[str] | None] = ContextVar("unmeasured", default=None)
@@ -49,59 +54,82 @@ def not_measuring() -> Iterator[list[str]]:
         _unmeasured.reset(token)
 
 
-def is_faster(what: str, make: Callable[[], tuple[Callable[[], object], Callable[[], object]]]) -> bool:
+def is_faster(
+    what: str, make: Callable[[], tuple[Callable[[], object], Callable[[], object]]], device: torch.device = CPU
+) -> bool:
     """Whether a candidate kernel beats a baseline by ``MARGIN`` on this machine.
 
     Args:
-        what: Names the two kernels and all that their speed depends on, apart from the machine.
+        what: Names the two kernels and all that their speed depends on, apart from the machine and, on a GPU, torch's
+            settings of precision.
         make: Makes candidate and baseline, on tensors of their own. Called only if the answer is not known.
+        device: Where they run.
     """
-    key = f"{what}, {torch.get_num_threads()} threads"
-    if key not in _answers:
-        _answers.update(_load())
     unmeasured = _unmeasured.get()
+    if unmeasured is not None and device.type != "cpu":  # which need not be there
+        unmeasured.append(what)
+        return False
+    if device.type == "cpu":
+        key = f"{what}, {torch.get_num_threads()} threads"
+    else:
+        flags = torch.backends.cudnn, torch.backends.cuda.matmul
+        key = f"{what}, TF32 {[flag.allow_tf32 for flag in flags]}, {torch.cuda.get_device_name(device)}"
+    if key not in _answers:
+        _answers.update(_load(device))
     if key not in _answers and unmeasured is not None:
         unmeasured.append(what)
         return False
     if key not in _answers:
         background.wait()  # a compiler would slow one of the two down
-        with without_modes(), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with without_modes(), torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             candidate, baseline = make()
-            ratio = _shortest(baseline) / _shortest(candidate)
-        _answers.update(_load())  # what other processes have found out meanwhile
+            ratio = _shortest(baseline, device) / _shortest(candidate, device)
+        _answers.update(_load(device))  # what other processes have found out meanwhile
         _answers[key] = ratio > MARGIN
-        _save()
+        _save(device)
     return _answers[key]
 
 
-def _shortest(run: Callable[[], object]) -> float:
+def _shortest(run: Callable[[], object], device: torch.device = CPU) -> float:
     """Seconds of the fastest of a few runs."""
     run()
     times = []
     for _ in range(TRIES):
+        if device.type == "cpu":
+            started = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - started)
+            continue
+        torch.cuda.synchronize(device)
         started = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - started)
+        for _ in range(TOGETHER):
+            run()
+        torch.cuda.synchronize(device)
+        times.append((time.perf_counter() - started) / TOGETHER)
     return min(times)
 
 
-def _file() -> Path:
-    capability = torch.backends.cpu.get_cpu_capability()
-    machine = f"{cpu_name()} {capability} torch {torch.__version__} oneDNN {onednn_version()}"
+def _file(device: torch.device = CPU) -> Path:
+    machine = f"{cpu_name()} {torch.backends.cpu.get_cpu_capability()}"
+    libraries = f"oneDNN {onednn_version()}"
+    if device.type != "cpu":
+        machine = torch.cuda.get_device_name(device)
+        libraries = f"CUDA {torch.version.cuda} cuDNN {torch.backends.cudnn.version()}"
+    machine = f"{machine} torch {torch.__version__} {libraries}"
     return Path(inductor_cache_dir()) / "gradprune" / f"kernels-{re.sub(r'[^A-Za-z0-9.]+', '-', machine)}.json"
 
 
-def _load() -> dict[str, bool]:
+def _load(device: torch.device = CPU) -> dict[str, bool]:
     try:
-        answers = json.loads(_file().read_text(encoding="utf-8"))
+        answers = json.loads(_file(device).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return {str(key): bool(value) for key, value in answers.items()} if isinstance(answers, dict) else {}
 
 
-def _save() -> None:
+def _save(device: torch.device = CPU) -> None:
     with suppress(OSError):  # a cache that cannot be written is no reason to fail
-        file = _file()
+        file = _file(device)
         file.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=file.parent)
         with os.fdopen(handle, "w", encoding="utf-8") as stream:

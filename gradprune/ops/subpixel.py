@@ -36,10 +36,18 @@ class Subpixel:
     blocks: int
 
 
-def subpixel(kernel: int, stride: int, padding: int, size: int, out_size: int, channels: int) -> Subpixel:
-    """Geometry for a convolution that maps ``size`` pixels of ``channels`` channels to ``out_size`` positions."""
-    # At least 12 output channels, most of a vector register.
-    block = stride * max(1, (4 if channels == 1 else 2) // stride)
+def subpixel(kernel: int, stride: int, padding: int, size: int, out_size: int, side: int) -> Subpixel:
+    """Geometry for a convolution that maps ``size`` pixels to ``out_size`` positions.
+
+    Args:
+        kernel: Of the convolution, as ``stride`` and ``padding``.
+        stride: See ``kernel``.
+        padding: See ``kernel``.
+        size: Pixels of the convolution's input.
+        out_size: Positions of its output.
+        side: Pixels of a block, which is as large as a multiple of the stride up to it, or the stride.
+    """
+    block = stride * max(1, side // stride)
     step = block // stride
     # Pixel y reads position o with kernel tap y + padding - stride * o, if that lies in [0, kernel).
     lowest = min(0, *(-((kernel - 1 - padding - place) // stride) for place in range(block)))

@@ -317,12 +317,10 @@ def test_operand_may_have_any_strides(memory_format: torch.memory_format):
 # --- Blocks of pixels -------------------------------------------------------------------------------------------------
 
 
-def by_blocks(gy: Tensor, weight: Tensor, stride: int, padding: int, size: tuple[int, int]) -> Tensor:
+def by_blocks(gy: Tensor, weight: Tensor, stride: int, padding: int, size: tuple[int, int], side: int) -> Tensor:
     """The input gradient as ``gradprune/ops/subpixel.py`` defines it: a convolution, and pixels put in their places."""
     channels, kernel = weight.shape[1:3]
-    rows, columns = (
-        subpixel(kernel, stride, padding, n, out, channels) for n, out in zip(size, gy.shape[2:], strict=True)
-    )
+    rows, columns = (subpixel(kernel, stride, padding, n, out, side) for n, out in zip(size, gy.shape[2:], strict=True))
     block, step = rows.block, rows.step
     assert (columns.block, columns.step) == (block, step)
     assert block == step * stride
@@ -341,24 +339,24 @@ def by_blocks(gy: Tensor, weight: Tensor, stride: int, padding: int, size: tuple
     return value[:, :, : size[0], : size[1]]
 
 
-@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("side", [2, 4, 8])
 @pytest.mark.parametrize("stride", [1, 2, 3, 4])
-def test_blocks_of_pixels_are_the_input_gradient(stride: int, channels: int):
+def test_blocks_of_pixels_are_the_input_gradient(stride: int, side: int):
     sizes = [(7, 8), (9, 7), (10, 13)]  # no stride divides all of them
     for kernel, padding, size in itertools.product(range(1, 8), range(4), sizes):
-        weight = torch.randn(2, channels, kernel, kernel, dtype=torch.float64)
+        weight = torch.randn(2, 3, kernel, kernel, dtype=torch.float64)
         out = [(n + 2 * padding - kernel) // stride + 1 for n in size]
         gy = torch.randn(1, 2, *out, dtype=torch.float64)
-        shape = (1, channels, *size)
+        shape = (1, 3, *size)
         expected = torch.nn.grad.conv2d_input(shape, weight, gy, stride, padding)
-        error = (by_blocks(gy, weight, stride, padding, size) - expected).abs().max() / expected.abs().max()
+        error = (by_blocks(gy, weight, stride, padding, size, side) - expected).abs().max() / expected.abs().max()
         assert error < 1e-13, (kernel, padding, size)
 
 
 @pytest.mark.parametrize("stride", [1, 2, 3, 4])
 def test_blocks_have_enough_output_channels_for_a_vector_register(stride: int):
     for channels, kernel, padding in itertools.product((1, 2, 3, 4), range(2, 8), range(4)):
-        geometry = subpixel(kernel, stride, padding, 32, 16, channels)
+        geometry = subpixel(kernel, stride, padding, 32, 16, 4 if channels == 1 else 2)
         assert geometry.block % stride == 0
         assert geometry.block**2 * channels >= 8
         assert geometry.block <= max(4, stride)
