@@ -64,6 +64,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--against", choices=("frozen-compile",), help="what torch.compile makes of it with frozen parameters, too"
     )
+    group.add_argument(
+        "--assume-faster", action="store_true", help="take for faster what the GPU would choose by measuring both"
+    )
     group.add_argument("--source-only", action="store_true", help="do not compile what is generated")
     group = parser.add_argument_group("executing it on the CPU")
     group.add_argument(
@@ -105,6 +108,7 @@ def run(arguments: argparse.Namespace) -> int:
         exact_order=arguments.exact_order,
         against=arguments.against,
         binaries=not arguments.source_only,
+        assume_faster=arguments.assume_faster,
     )
     if arguments.check:
         if arguments.output is not None or arguments.against is not None:

@@ -24,6 +24,7 @@ from gradprune.compiler.lower import compile_graph
 from gradprune.compiler.options import Options
 from gradprune.errors import GradpruneError
 from gradprune.inspect.explain import call_compiled
+from gradprune.ops.kernel_choice import not_measuring
 from gradprune.torch_compat import dynamo
 from gradprune.torch_compat.aot import FakeTensorMode
 from gradprune.torch_compat.fake_cuda import Generated, canaries, fake_cuda
@@ -232,7 +233,7 @@ def _compile(
         return compiled
 
     computes = in_autocast(fake, "cuda", dtype)
-    with mode:
+    with mode, not_measuring(assumed=request.assume_faster):
         copies = [torch.empty_strided(one.shape, one.stride(), dtype=one.dtype, device="cuda") for one in args]
         if request.form == "model":
             call_compiled(computes, (copies[0].requires_grad_(True),), compile_one, backward=True)

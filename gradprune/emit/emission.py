@@ -17,6 +17,7 @@ from gradprune.compiler.options import Options
 from gradprune.compiler.split import Split
 from gradprune.errors import GradpruneError
 from gradprune.inspect.explain import analyse, compile_frozen, pretend
+from gradprune.ops.kernel_choice import not_measuring
 from gradprune.torch_compat.fake_cuda import Generated, canaries, fake_cuda, generate
 from gradprune.torch_compat.triton_binaries import compile_kernel
 from gradprune.workloads.target import TargetOptions, load_target
@@ -108,7 +109,7 @@ def _emit(request: Request, gpu: Gpu) -> Emission:
     emitter, other = Emitter(), Emitter()
     options = Options(disable=request.disable, exact_order=request.exact_order, check="never")
     is_model = request.form == "model"
-    with target.context:
+    with target.context, not_measuring(assumed=request.assume_faster) as unmeasured:
         try:
             analysis = analyse(
                 *(target.function, target.args, options),
@@ -137,6 +138,7 @@ def _emit(request: Request, gpu: Gpu) -> Emission:
         hoisted_bytes=emitter.hoisted_bytes,
         fallback=report.fallback,
         against=[read_part(name, generated, gpu) for name, generated in other.parts],
+        unmeasured=unmeasured,
     )
 
 

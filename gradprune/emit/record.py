@@ -23,6 +23,7 @@ class Request:
         autocast: ``"float16"`` or ``"bfloat16"`` for the model of a stock attack.
         disable: Passes to leave out.
         exact_order: Leave out passes that may round differently.
+        assume_faster: Take for faster on the GPU what it would choose by measuring.
         against: ``"frozen-compile"`` to emit what ``torch.compile`` makes of the same call with frozen parameters.
         binaries: Whether to compile what is generated.
     """
@@ -37,6 +38,7 @@ class Request:
     exact_order: bool = False
     against: str | None = None
     binaries: bool = True
+    assume_faster: bool = False
 
 
 @dataclass
@@ -124,6 +126,7 @@ class Emission:
         hoisted_bytes: Of the values that the prologue makes.
         fallback: What the compilation had to do without.
         against: The parts of what it is compared with.
+        unmeasured: What a GPU would have measured to choose between two kernels.
     """
 
     request: Request
@@ -136,6 +139,7 @@ class Emission:
     hoisted_bytes: int = 0
     fallback: str | None = None
     against: list[Part] = field(default_factory=list)
+    unmeasured: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it, with a label, totals, and without the generated code."""

@@ -30,6 +30,9 @@ def table(emitted: Mapping[str, Any]) -> str:
     ]
     if emitted["fallback"]:
         lines.append(f"  fallback: {emitted['fallback']}")
+    if emitted["unmeasured"]:
+        assumed = "taken for faster" if request["assume_faster"] else "not taken: --assume-faster takes them"
+        lines.append(f"  kernels that a GPU would measure first: {len(emitted['unmeasured'])}, here {assumed}")
     compiled = {(kernel["part"], kernel["name"]): kernel["configs"] for kernel in emitted["kernels"]}
     for part in emitted["parts"]:
         if part["name"].startswith("prologue"):

@@ -36,18 +36,22 @@ CPU = torch.device("cpu")
 
 _answers: dict[str, bool] = {}
 
-_unmeasured: ContextVar[list[str] | None] = ContextVar("unmeasured", default=None)
+_unmeasured: ContextVar[tuple[list[str], bool] | None] = ContextVar("unmeasured", default=None)
 
 
 @contextmanager
-def not_measuring() -> Iterator[list[str]]:
-    """Within it nothing is timed: what has not been measured before counts as no faster.
+def not_measuring(*, assumed: bool = False) -> Iterator[list[str]]:
+    """Within it nothing is timed.
+
+    Args:
+        assumed: The answer to what has not been measured before, and to all questions about a GPU, which need not be
+            there.
 
     Yields:
         What would have been measured, filled in on the way.
     """
     asked: list[str] = []
-    token = _unmeasured.set(asked)
+    token = _unmeasured.set((asked, assumed))
     try:
         yield asked
     finally:
@@ -66,9 +70,9 @@ def is_faster(
         device: Where they run.
     """
     unmeasured = _unmeasured.get()
-    if unmeasured is not None and device.type != "cpu":  # which need not be there
-        unmeasured.append(what)
-        return False
+    if unmeasured is not None and device.type != "cpu":
+        unmeasured[0].append(what)
+        return unmeasured[1]
     if device.type == "cpu":
         key = f"{what}, {torch.get_num_threads()} threads"
     else:
@@ -77,8 +81,8 @@ def is_faster(
     if key not in _answers:
         _answers.update(_load(device))
     if key not in _answers and unmeasured is not None:
-        unmeasured.append(what)
-        return False
+        unmeasured[0].append(what)
+        return unmeasured[1]
     if key not in _answers:
         background.wait()  # a compiler would slow one of the two down
         with without_modes(), torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .library import LIBRARY
 
@@ -66,19 +67,13 @@ subpixel_weight = torch.ops.gradprune.subpixel_weight.default
 
 @torch.library.impl(LIBRARY, "subpixel_weight", "CompositeExplicitAutograd")
 def _subpixel_weight(weight: Tensor, stride: int, padding: int, block: int, lowest: int, reach: int) -> Tensor:
-    outputs, inputs, kernel, _ = weight.shape
-    result = weight.new_zeros(block, block, inputs, outputs, reach, reach)
-    taps = [
-        (place, position, place + padding - stride * (lowest + position))
-        for place in range(block)
-        for position in range(reach)
-        if 0 <= place + padding - stride * (lowest + position) < kernel
-    ]
-    transposed = weight.transpose(0, 1)
-    for row, i, ky in taps:
-        for column, j, kx in taps:
-            result[row, column, :, :, i, j] = transposed[:, :, ky, kx]
-    return result.flatten(0, 2)
+    kernel = weight.shape[2]
+    places, positions = (torch.arange(length, device=weight.device) for length in (block, reach))
+    taps = places[:, None] + padding - stride * (lowest + positions)
+    taps = taps.where((taps >= 0) & (taps < kernel), kernel)  # behind the weight there are zeros
+    padded = F.pad(weight.transpose(0, 1), (0, 1, 0, 1))
+    of_blocks = padded[:, :, taps[:, None, :, None], taps[:, None, :]]
+    return of_blocks.permute(2, 3, 0, 1, 4, 5).flatten(0, 2)
 
 
 @torch.library.register_fake("gradprune::subpixel_weight", lib=LIBRARY)  # type: ignore[untyped-decorator]

@@ -31,6 +31,7 @@ NETWORKS: Checks = {
     "mnist": (request(target="targets:Mnist", batch=2, image_size=None), {"steps": 1}),
     "half": (request(autocast="float16"), {"steps": 1}),
     "model": (request(form="model", gpu="sm_80"), {"steps": 1}),
+    "assumed": (request(target="targets:Mixed", batch=2, assume_faster=True), {}),
     "as launched": (request(image_size=16, batch=2), {"real_blocks": True, "races": True, "steps": 1}),
 }
 BROKEN: Checks = {
@@ -47,6 +48,8 @@ LARGE: Checks = {
     "mobilenetv2": (Request("timm:mobilenetv2_100", "sm_75", "step", 2, 32), {"steps": 1}),
     "convnext_atto": (Request("timm:convnext_atto", "sm_75", "step", 2, 32), {"steps": 1}),
     "vit_tiny": (request(target="targets:vit", batch=2, image_size=32), {"steps": 1}),
+    "vit_tiny assumed": (request(target="targets:vit", batch=2, image_size=32, assume_faster=True), {"steps": 1}),
+    "resnet18 assumed": (Request("timm:resnet18", "sm_80", "step", 2, 32, assume_faster=True), {"steps": 1}),
 }
 
 
