@@ -13,6 +13,7 @@ from torch import Tensor
 from zoo import ZOO, Network
 
 import gradprune
+from gradprune.ops.kernel_choice import not_measuring
 
 BATCH = 6
 
@@ -112,6 +113,13 @@ def test_step(name: str, precision: Precision, device: torch.device):
 @pytest.mark.parametrize("name", ["resnet_bottleneck", "mobilenet", "vit"])
 def test_model(name: str, precision: Precision, device: torch.device):
     check(ZOO[name], precision, device, "model")
+
+
+@pytest.mark.parametrize("precision", PRECISIONS[:2], ids=str)
+@pytest.mark.parametrize("name", ["resnet_basic", "vit", "bert"])
+def test_what_is_taken_where_it_is_faster(name: str, precision: Precision, device: torch.device):
+    with not_measuring(assumed=True):
+        check(ZOO[name], precision, device, "step")
 
 
 def test_a_wrong_gradient_is_not_allowed_for(device: torch.device):
