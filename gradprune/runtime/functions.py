@@ -2,13 +2,13 @@
 
 Note [Sizes]: a compiled step is specialised to the size of its batch, and compiling another takes as long as the first.
 So the largest batch seen so far has a compilation of its own, and all others share one, on a CPU with a symbolic size,
-which takes no longer to compute there. For a single row, and for fewer than ``FEW`` of a larger batch, torch would
-compile it anew; these are filled up with copies of the first row, the latter until they have come ``OFTEN`` times, such
-as the samples that withstand most of Square's queries. On a GPU, where layouts are chosen for known sizes only, all
-others are cut into quarters of the largest, and so is what is compiled in the background or fixes the size of its
-batch. That makes it possible for samples to leave an attack that is over for them, and for the last batch of a data set
-to be a smaller one. It requires that samples do not see each other, which batch norm in training mode breaks: then a
-batch is computed as it is.
+which takes no longer to compute there; what only asks for logits has but the latter. For a single row, and for fewer
+than ``FEW`` of a larger batch, torch would compile it anew; these are filled up with copies of the first row, the latter
+until they have come ``OFTEN`` times, such as the samples that withstand most of Square's queries. On a GPU, where
+layouts are chosen for known sizes only, all others are cut into quarters of the largest, and so is what is compiled in
+the background or fixes the size of its batch. That makes it possible for samples to leave an attack that is over for
+them, and for the last batch of a data set to be a smaller one. It requires that samples do not see each other, which
+batch norm in training mode breaks: then a batch is computed as it is.
 """
 
 from __future__ import annotations
@@ -88,6 +88,7 @@ class Sized:
         function: The function.
         compile_one: Compiles it for one size; ``None`` leaves it as it is.
         compile_any: Compiles it for any size, if that is possible.
+        has_own_largest: Whether the largest batch has a compilation of its own in spite of that.
     """
 
     def __init__(
@@ -95,10 +96,13 @@ class Sized:
         function: Any,
         compile_one: Callable[[Any], Any] | None,
         compile_any: Callable[[Any], Any] | None = None,
+        *,
+        has_own_largest: bool = True,
     ) -> None:
         self._function = function
         self._compile_one = compile_one
         self._compile_any = compile_any
+        self._has_own_largest = has_own_largest
         self._largest = 0
         self._compiled: dict[int, Any] = {}
         self._few = 0
@@ -147,13 +151,16 @@ class Sized:
         if rows < FEW < self._largest and self._few < OFTEN:
             self._few += 1
             return FEW
-        return max(rows, 2)
+        return rows
 
     def padded(self, size: int, model: Model, x: Tensor, *others: Tensor) -> Any:
         """Call the function that is compiled for ``size`` rows on that many or fewer."""
         rows = len(x)
+        is_symbolic = self._compile_any is not None and (size < self._largest or not self._has_own_largest)
+        if is_symbolic:
+            size = max(size, 2)
         values = [filled(value, size - rows) for value in (x, *others)]
-        if self._compile_any is not None and size < self._largest:
+        if is_symbolic:
             result = self._of_any_size()(model, *(dynamo.with_symbolic_batch(value) for value in values))
         else:
             result = self.of_size(size)(model, *values)

@@ -188,7 +188,10 @@ class Query:
             return Measured(function, compile_one)
         has_symbolic_sizes = device.type == "cpu" and not Options.parse(options).background
         compile_any = compiler(options, forward_only=forward_only, any_size=True)
-        return Sized(function, compile_one, compile_any if has_symbolic_sizes else None)
+        # What a later process finds compiled is of known size: the gradient at the largest, which all of PGD asks for.
+        return Sized(
+            function, compile_one, compile_any if has_symbolic_sizes else None, has_own_largest=not forward_only
+        )
 
     def _key(self, x: Tensor) -> tuple[Any, ...]:
         """What a compiled function is specialised to, apart from the size of the batch."""

@@ -26,6 +26,7 @@ from gradprune.support import files
 # --- What is in it ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.inductor
 def test_every_stage_in_order(tmp_path: Path):
     report = compiled(convolutional(), tmp_path)
     folder = folder_of(report)
@@ -120,6 +121,7 @@ def test_a_later_run_goes_on_with_the_numbers(tmp_path: Path, no_code: None):
         torch._dynamo.reset()
 
 
+@pytest.mark.inductor
 def test_backward_of_a_model_is_there_after_it_was_called(tmp_path: Path):
     """Torch compiles it when it is called first, after the rest has been written."""
     model = gradprune.compile(network(), dump=tmp_path)
@@ -156,6 +158,7 @@ def test_nothing_is_written_unless_asked(tmp_path: Path, monkeypatch: pytest.Mon
 # --- Caches -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.inductor
 def test_kernels_come_from_the_cache_as_well(tmp_path: Path):
     """Dumping is not part of the cache's key, and a hit is dumped like a miss."""
     plain = compiled(convolutional())
