@@ -6,9 +6,9 @@ which takes no longer to compute there; what only asks for logits has but the la
 than ``FEW`` of a larger batch, torch would compile it anew; these are filled up with copies of the first row, the
 latter until they have come ``OFTEN`` times, such as the samples that withstand most of Square's queries. On a GPU,
 where layouts are chosen for known sizes only, all others are cut into quarters of the largest, and so is what is
-compiled in the background or fixes the size of its batch. That makes it possible for samples to leave an attack that is over for
-them, and for the last batch of a data set to be a smaller one. It requires that samples do not see each other, which
-batch norm in training mode breaks: then a batch is computed as it is.
+compiled in the background or fixes the size of its batch. That makes it possible for samples to leave an attack that is
+over for them, and for the last batch of a data set to be a smaller one. It requires that samples do not see each other,
+which batch norm in training mode breaks: then a batch is computed as it is.
 """
 
 from __future__ import annotations
