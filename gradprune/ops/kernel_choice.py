@@ -34,7 +34,8 @@ TOGETHER = 10
 
 CPU = torch.device("cpu")
 
-_answers: dict[str, bool] = {}
+_answers: dict[str, dict[str, bool]] = {}
+"""By device, since each has a file of its own."""
 
 _unmeasured: ContextVar[tuple[list[str], bool] | None] = ContextVar("unmeasured", default=None)
 
@@ -77,24 +78,25 @@ def is_faster(
         key = f"{what}, {torch.get_num_threads()} threads"
     else:
         flags = torch.backends.cudnn, torch.backends.cuda.matmul
-        key = f"{what}, TF32 {[flag.allow_tf32 for flag in flags]}, {torch.cuda.get_device_name(device)}"
-    if key not in _answers:
-        _answers.update(_load(device))
-    if key not in _answers and unmeasured is not None:
+        key = f"{what}, TF32 {[flag.allow_tf32 for flag in flags]}"
+    answers = _answers.setdefault(str(device), {})
+    if key not in answers:
+        answers.update(_load(device))
+    if key not in answers and unmeasured is not None:
         unmeasured[0].append(what)
         return unmeasured[1]
-    if key not in _answers:
+    if key not in answers:
         background.wait()  # a compiler would slow one of the two down
         with without_modes(), torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             candidate, baseline = make()
             ratio = _shortest(baseline, device) / _shortest(candidate, device)
-        _answers.update(_load(device))  # what other processes have found out meanwhile
-        _answers[key] = ratio > MARGIN
-        _save(device)
-    return _answers[key]
+        answers.update(_load(device))  # what other processes have found out meanwhile
+        answers[key] = ratio > MARGIN
+        _save(answers, device)
+    return answers[key]
 
 
-def _shortest(run: Callable[[], object], device: torch.device = CPU) -> float:
+def _shortest(run: Callable[[], object], device: torch.device) -> float:
     """Seconds of the fastest of a few runs."""
     run()
     times = []
@@ -123,7 +125,7 @@ def _file(device: torch.device = CPU) -> Path:
     return Path(inductor_cache_dir()) / "gradprune" / f"kernels-{re.sub(r'[^A-Za-z0-9.]+', '-', machine)}.json"
 
 
-def _load(device: torch.device = CPU) -> dict[str, bool]:
+def _load(device: torch.device) -> dict[str, bool]:
     try:
         answers = json.loads(_file(device).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -131,11 +133,11 @@ def _load(device: torch.device = CPU) -> dict[str, bool]:
     return {str(key): bool(value) for key, value in answers.items()} if isinstance(answers, dict) else {}
 
 
-def _save(device: torch.device = CPU) -> None:
+def _save(answers: dict[str, bool], device: torch.device) -> None:
     with suppress(OSError):  # a cache that cannot be written is no reason to fail
         file = _file(device)
         file.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=file.parent)
         with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            json.dump(_answers, stream, indent=0, sort_keys=True)
+            json.dump(answers, stream, indent=0, sort_keys=True)
         os.replace(name, file)

@@ -129,7 +129,8 @@ class Sized:
         except dynamo.SIZE_IS_FIXED:
             if self._compile_any is None:
                 raise
-            self._compile_any, _ = None, self._compiled.pop(ANY, None)
+            self._compile_any = None
+            self._compiled.pop(ANY, None)
             return self._in_pieces(model, x, *others)
 
     def _in_pieces(self, model: Model, x: Tensor, *others: Tensor) -> Any:

@@ -172,7 +172,10 @@ WRONG_OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"strictt": True}, "gradprune has no option 'strictt': did you mean 'strict'?"),
     ({"disable": ["narrow-output"]}, "no pass 'narrow-output': did you mean 'narrow-outputs'?"),
     ({"disable": "narrow-outputs"}, "'disable' must be a list of pass names, not 'narrow-outputs'"),
-    ({"disable": ["something else"]}, "no pass 'something else': valid: attention-by-products,"),
+    (
+        {"disable": ["something else"]},
+        "no pass 'something else': valid: attention-by-products, blocked-image-gradients,",
+    ),
     ({"mode": "max-autotun"}, "no mode 'max-autotun': did you mean 'max-autotune'?"),
     ({"inductor": {"max_autotun": True}}, "no Inductor setting 'max_autotun': did you mean 'max_autotune'?"),
     ({"inductor": ["max_autotune"]}, "'inductor' must be a mapping"),

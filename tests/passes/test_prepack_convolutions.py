@@ -339,15 +339,16 @@ def by_blocks(gy: Tensor, weight: Tensor, stride: int, padding: int, size: tuple
     return value[:, :, : size[0], : size[1]]
 
 
+@pytest.mark.parametrize("channels", [1, 3, 4])
 @pytest.mark.parametrize("side", [2, 4, 8])
 @pytest.mark.parametrize("stride", [1, 2, 3, 4])
-def test_blocks_of_pixels_are_the_input_gradient(stride: int, side: int):
+def test_blocks_of_pixels_are_the_input_gradient(stride: int, side: int, channels: int):
     sizes = [(7, 8), (9, 7), (10, 13)]  # no stride divides all of them
     for kernel, padding, size in itertools.product(range(1, 8), range(4), sizes):
-        weight = torch.randn(2, 3, kernel, kernel, dtype=torch.float64)
+        weight = torch.randn(2, channels, kernel, kernel, dtype=torch.float64)
         out = [(n + 2 * padding - kernel) // stride + 1 for n in size]
         gy = torch.randn(1, 2, *out, dtype=torch.float64)
-        shape = (1, 3, *size)
+        shape = (1, channels, *size)
         expected = torch.nn.grad.conv2d_input(shape, weight, gy, stride, padding)
         error = (by_blocks(gy, weight, stride, padding, size, side) - expected).abs().max() / expected.abs().max()
         assert error < 1e-13, (kernel, padding, size)
