@@ -33,6 +33,16 @@ aten = torch.ops.aten
 # --- Capturing --------------------------------------------------------------------------------------------------------
 
 
+def step_of(model: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """From an input to the gradient of the sum of what the model makes of it, squared."""
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        x = x.detach().requires_grad_(True)
+        return torch.autograd.grad(model(x).square().sum(), x)[0]
+
+    return step
+
+
 def captured(fn: Callable[..., Any], *args: Any, dynamic: bool | None = None) -> StepGraph:
     """The graph of a step, or the joint graph of a model, as the first pass sees it."""
     found: list[StepGraph] = []

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from pass_testing import apply, captured, evaluate, find, random_arguments, run
+from pass_testing import apply, captured, evaluate, find, random_arguments, run, step_of
 from torch import Tensor, nn
 
 from gradprune.emit.externals import register_attention
@@ -70,11 +70,7 @@ class Attention(nn.Module):
 
 
 def graph_of(model: nn.Module, tokens: int = 5) -> StepGraph:
-    def step(x: Tensor) -> Tensor:
-        x = x.detach().requires_grad_(True)
-        return torch.autograd.grad(model(x).square().sum(), x)[0]
-
-    graph = captured(step, torch.rand(BATCH, tokens, 8))
+    graph = captured(step_of(model), torch.rand(BATCH, tokens, 8))
     for step_pass in (SelectOutputs(), NarrowOutputs()):
         step_pass.run(graph)
     return graph

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from pass_testing import apply, captured, find
+from pass_testing import apply, captured, find, step_of
 from torch import Tensor, nn
 
 from gradprune.graph.cost import count_flops
@@ -48,12 +48,7 @@ def attacked(*convolution: int, channels: int = 3, size: int = 16, stride: int =
         nn.Conv2d(channels, 8, *convolution, stride=stride, **options), nn.ReLU(), nn.Conv2d(8, 4, 3)
     ).double()
     x = torch.rand(2, channels, size, size + 3, dtype=torch.float64)
-
-    def step(x: Tensor) -> Tensor:
-        x = x.detach().requires_grad_(True)
-        return torch.autograd.grad(model(x).square().sum(), x)[0]
-
-    step_graph = captured(step, x)
+    step_graph = captured(step_of(model), x)
     for rewrite in (SelectOutputs(), NarrowOutputs(), dgrad_as_convolution):
         rewrite.run(step_graph)
     return step_graph

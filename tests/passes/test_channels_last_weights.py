@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from pass_testing import apply, captured, find
+from pass_testing import apply, captured, find, step_of
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -21,11 +21,7 @@ aten = torch.ops.aten
 
 
 def attacked(model: nn.Module, x: torch.Tensor):
-    def step(x: torch.Tensor) -> torch.Tensor:
-        x = x.detach().requires_grad_(True)
-        return torch.autograd.grad(model(x).square().sum(), x)[0]
-
-    step_graph = captured(step, x)
+    step_graph = captured(step_of(model), x)
     for rewrite in (SelectOutputs(), NarrowOutputs(), dgrad_as_convolution):
         rewrite.run(step_graph)
     return step_graph

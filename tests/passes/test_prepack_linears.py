@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import EPS, interpreted, relative_error, step_by_autograd_grad, step_by_backward
-from pass_testing import Builder, apply, aten, captured, copied, evaluate, find, random_arguments
+from pass_testing import Builder, apply, aten, captured, copied, evaluate, find, random_arguments, step_of
 from torch import Tensor, fx, nn
 from torch.testing import FileCheck
 
@@ -337,14 +337,6 @@ def test_it_needs_hoisting():
 
 
 # --- Steps ------------------------------------------------------------------------------------------------------------
-
-
-def step_of(model: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    def step(x: Tensor) -> Tensor:
-        x = x.detach().requires_grad_(True)
-        return torch.autograd.grad(model(x).square().sum(), x)[0]
-
-    return step
 
 
 def perceptron() -> nn.Module:
